@@ -1,0 +1,132 @@
+"""The model contract, the two models that come with the service, and loading models by name. Nothing here knows HTTP."""
+
+import importlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, Protocol
+
+from msgspec import Meta
+
+MAX_TEXT_CHARACTERS = 10_000
+MAX_NUMBERS = 10_000
+MAX_MAGNITUDE = 3_037_000_499
+"""The largest integer whose square fits 64 bits (floor(sqrt(2**63 - 1))), so that clients in any language can read it."""
+
+Text = Annotated[str, Meta(min_length=1, max_length=MAX_TEXT_CHARACTERS)]
+Number = (
+    Annotated[int, Meta(ge=-MAX_MAGNITUDE, le=MAX_MAGNITUDE)]
+    | Annotated[float, Meta(ge=-MAX_MAGNITUDE, le=MAX_MAGNITUDE)]
+)
+Numbers = Annotated[list[Number], Meta(min_length=1, max_length=MAX_NUMBERS)]
+
+
+class Model(Protocol):
+    """What the service needs of a model; a model imports nothing from here, it only has to look like this.
+
+    `load()`, `warm_up()`, `predict_batch(inputs)` and `thread_safe` are optional, see the README.
+    """
+
+    name: str
+    version: str
+    predict: Callable[..., Any]
+
+
+class DummyModel:
+    """Says what it was given: stands in for a model so that the service runs out of the box."""
+
+    name, version = "dummy", "1.0.0"
+
+    def predict(self, text: Text) -> str:
+        return f"predicted({text})"
+
+
+class SquareNumbersModel:
+    """Squares numbers; integers stay integers."""
+
+    name, version = "square_numbers", "1.0.0"
+
+    def predict(self, numbers: Numbers) -> list[int | float]:
+        return [number * number for number in numbers]
+
+
+class ModelError(RuntimeError):
+    """A model cannot be served: it does not exist, is not a model, or failed to load. The service must not start."""
+
+
+class UnfitInputError(Exception):
+    """A model refused one input, in words meant for the client.
+
+    `index` is the input's position among those of its request.
+    """
+
+    def __init__(self, message: str, index: int = 0) -> None:
+        super().__init__(message)
+        self.index = index
+
+
+class InferenceError(Exception):
+    """A model failed: it raised, or its output is not what it promised. The client learns nothing more."""
+
+
+class AbandonedError(Exception):
+    """Nobody waits for this prediction any more: the client left or the deadline passed before the model was called."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """Where a model is served and where its class is found: one `path=module:class` of MODELS."""
+
+    path: str
+    module: str
+    class_name: str
+
+    def __str__(self) -> str:
+        return f"{self.path}={self.module}:{self.class_name}"
+
+
+_NAME = re.compile(r"[\x21-\x7e]{1,64}")
+
+
+def find_model(spec: ModelSpec) -> Model:
+    """Import a model's class and make an instance, without loading its weights.
+
+    Raises ModelError, in one line that names the model, where that fails.
+    """
+    try:
+        module = importlib.import_module(spec.module)
+    except Exception as exc:
+        raise ModelError(f"MODELS: {spec}: cannot import {spec.module}: {_line(exc)}") from exc
+    cls = getattr(module, spec.class_name, None)
+    if not isinstance(cls, type):
+        raise ModelError(f"MODELS: {spec}: {spec.module} has no class {spec.class_name}")
+    try:
+        model = cls()
+    except Exception as exc:
+        raise ModelError(f"MODELS: {spec}: {spec.class_name}() failed: {_line(exc)}") from exc
+    for attribute in ("name", "version"):
+        value = getattr(model, attribute, None)
+        if not isinstance(value, str) or not _NAME.fullmatch(value):
+            raise ModelError(f"MODELS: {spec}: {attribute} must be a string of 1 to 64 printable ASCII characters")
+    for method, required in (("predict", True), ("predict_batch", False), ("load", False), ("warm_up", False)):
+        present = getattr(model, method, None)
+        if not callable(present) and (required or present is not None):
+            raise ModelError(f"MODELS: {spec}: {spec.class_name} has no method {method}()")
+    if not isinstance(getattr(model, "thread_safe", True), bool):
+        raise ModelError(f"MODELS: {spec}: thread_safe must be True or False")
+    return model
+
+
+def prepare(spec: ModelSpec, model: Model, step: str) -> None:
+    """Run the model's `load` or `warm_up`, where it has one; raises ModelError where that fails."""
+    method = getattr(model, step, None)
+    if method is None:
+        return
+    try:
+        method()
+    except Exception as exc:
+        raise ModelError(f"MODELS: {spec}: {step}() failed: {_line(exc)}") from exc
+
+
+def _line(exc: BaseException) -> str:
+    return " ".join(f"{type(exc).__name__}: {exc}".split())
