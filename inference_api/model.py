@@ -1,4 +1,4 @@
-"""The model contract, the two models that come with the service, and loading models by name. Nothing here knows HTTP."""
+"""The model contract, the two models that come with the service, and finding models by name. Nothing here is HTTP."""
 
 import importlib
 import re
@@ -11,14 +11,14 @@ from msgspec import Meta
 MAX_TEXT_CHARACTERS = 10_000
 MAX_NUMBERS = 10_000
 MAX_MAGNITUDE = 3_037_000_499
-"""The largest integer whose square fits 64 bits (floor(sqrt(2**63 - 1))), so that clients in any language can read it."""
+"""The largest integer whose square fits 64 bits, floor(sqrt(2**63 - 1)): clients in any language can read that."""
 
-Text = Annotated[str, Meta(min_length=1, max_length=MAX_TEXT_CHARACTERS)]
+Text = Annotated[str, Meta(min_length=1, max_length=MAX_TEXT_CHARACTERS, examples=["Hello"])]
 Number = (
     Annotated[int, Meta(ge=-MAX_MAGNITUDE, le=MAX_MAGNITUDE)]
     | Annotated[float, Meta(ge=-MAX_MAGNITUDE, le=MAX_MAGNITUDE)]
 )
-Numbers = Annotated[list[Number], Meta(min_length=1, max_length=MAX_NUMBERS)]
+Numbers = Annotated[list[Number], Meta(min_length=1, max_length=MAX_NUMBERS, examples=[[1, 2, 3]])]
 
 
 class Model(Protocol):
@@ -101,7 +101,7 @@ def find_model(spec: ModelSpec) -> Model:
     if not isinstance(cls, type):
         raise ModelError(f"MODELS: {spec}: {spec.module} has no class {spec.class_name}")
     try:
-        model = cls()
+        model: Model = cls()
     except Exception as exc:
         raise ModelError(f"MODELS: {spec}: {spec.class_name}() failed: {_line(exc)}") from exc
     for attribute in ("name", "version"):

@@ -1,0 +1,58 @@
+"""python -m inference_api: starts the service, or says what it would do."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from inference_api import __version__
+from inference_api.config import Settings, settings_or_exit
+
+GUNICORN_CONFIG = Path(__file__).resolve().parent.parent / "gunicorn.conf.py"
+
+
+def _help() -> str:
+    lines = ["environment variables (also read from .env in the working folder):"]
+    for variable, default, meaning in Settings.variables():
+        lines.append(f"  {variable}={default}")
+        lines.append(f"      {meaning}")
+    return "\n".join(lines)
+
+
+def _check() -> None:
+    from inference_api.app import load_schemas
+    from inference_api.docs import openapi
+    from inference_api.model import ModelError
+
+    settings = settings_or_exit()
+    try:
+        schemas = load_schemas(settings)
+        openapi(schemas, with_keys=False, with_metrics=False)
+    except ModelError as exc:
+        sys.exit(f"inference_api: {exc}")
+    for schema in schemas:
+        print(f"{schema.path}: {schema.model.name}/{schema.model.version}")  # noqa: T201
+    print("ok")  # noqa: T201
+
+
+def main() -> None:
+    """Parse the command line, check the configuration, and hand over to Gunicorn."""
+    parser = argparse.ArgumentParser(
+        prog="python -m inference_api",
+        description="Serve the models of MODELS over HTTP. Everything is set by environment variables.",
+        epilog=_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--check", action="store_true", help="check the configuration, load the models, and exit")
+    parser.add_argument("--version", action="version", version=__version__)
+    if parser.parse_args().check:
+        _check()
+        return
+    settings_or_exit()
+    from gunicorn.app.wsgiapp import WSGIApplication
+
+    sys.argv[1:] = ["--config", str(GUNICORN_CONFIG)]
+    WSGIApplication("%(prog)s [OPTIONS]", prog="inference_api").run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""Wiring: from settings and models to the WSGI application."""
+
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import falcon
+
+from inference_api import errors
+from inference_api.batching import Batcher, Direct
+from inference_api.config import THREADS_BY_MODEL, Settings, read_settings
+from inference_api.docs import add_docs, openapi, require_get
+from inference_api.logs import progress, request_environ
+from inference_api.metrics import CONTENT_TYPE, Metrics, shared_metrics
+from inference_api.model import ModelError, find_model, prepare
+from inference_api.resources import Health, Prediction, Predictor
+from inference_api.schema import Schema
+
+DEFAULT_THREADS = 2
+APP_LOAD_ERROR = 4
+"""The exit code by which a Gunicorn worker says that it cannot load, so that the master stops (gunicorn.arbiter)."""
+STARTING = "The models are being loaded."
+
+log = logging.getLogger("inference_api")
+
+App = falcon.App[falcon.Request, falcon.Response]
+StartResponse = Callable[..., Any]
+
+
+class _RequestContext:
+    """Falcon middleware: the request's id comes back, and stands in every line logged meanwhile."""
+
+    def process_request(self, req: falcon.Request, _resp: falcon.Response) -> None:
+        request_environ.set(req.env)
+        errors.request_id(req)
+
+    def process_response(self, req: falcon.Request, resp: falcon.Response, _resource: Any, _succeeded: bool) -> None:
+        resp.set_header("X-Request-ID", errors.request_id(req))
+        request_environ.set(None)
+
+
+def create_app(settings: Settings, schemas: Sequence[Schema], metrics: Metrics) -> App:
+    """The application that serves these models."""
+    app = falcon.App(middleware=[_RequestContext()])
+    errors.add_error_handlers(app)
+    _add_health(app, Health())
+    for schema in schemas:
+        app.add_route(
+            schema.path,
+            Prediction(
+                schema,
+                _predictor(settings, schema, metrics),
+                api_keys=settings.api_keys,
+                max_body_bytes=settings.max_body_bytes,
+                predicted=metrics.predicted,
+            ),
+        )
+    if settings.metrics:
+        models = {schema.path: (schema.model.name, schema.model.version) for schema in schemas}
+        _add_metrics(app, lambda: metrics.render(models))
+    document = openapi(schemas, with_keys=bool(settings.api_keys), with_metrics=settings.metrics)
+    if settings.docs:
+        add_docs(app, document)
+    return app
+
+
+def create_starting_app() -> App:
+    """The application while models are being loaded: alive, not ready."""
+
+    def unavailable(req: falcon.Request, resp: falcon.Response, **_: Any) -> None:
+        raise falcon.HTTPServiceUnavailable(description=STARTING, retry_after=errors.RETRY_AFTER_SECONDS)
+
+    app = falcon.App(middleware=[_RequestContext()])
+    errors.add_error_handlers(app)
+    _add_health(app, Health("starting"))
+    app.add_sink(unavailable)
+    return app
+
+
+def _add_health(app: App, health: Health) -> None:
+    app.add_route("/health", health)
+    app.add_route("/health/live", health, suffix="live")
+
+
+def _add_metrics(app: App, render: Callable[[], bytes]) -> None:
+    def sink(req: falcon.Request, resp: falcon.Response, **_: Any) -> None:
+        require_get(req)
+        resp.content_type = CONTENT_TYPE
+        resp.data = render()
+
+    app.add_sink(sink, r"/metrics\Z")
+
+
+def _predictor(settings: Settings, schema: Schema, metrics: Metrics) -> Predictor:
+    if _batches(settings, schema):
+        predict_batch = schema.model.predict_batch  # type: ignore[attr-defined]
+        return Batcher(
+            predict_batch, schema.call, settings.max_batch_size, observe=partial(metrics.batched, schema.path)
+        )
+    return Direct(schema.call, None if getattr(schema.model, "thread_safe", True) else threading.Lock())
+
+
+def _batches(settings: Settings, schema: Schema) -> bool:
+    return settings.max_batch_size > 1 and hasattr(schema.model, "predict_batch")
+
+
+def load_schemas(settings: Settings) -> list[Schema]:
+    """Import the models and read their signatures and weights; raises ModelError."""
+    schemas = []
+    for spec in settings.models:
+        with progress("loading model", model=str(spec)):
+            schema = Schema(spec, find_model(spec))
+            prepare(spec, schema.model, "load")
+        schemas.append(schema)
+    return schemas
+
+
+class Service:
+    """The WSGI application over its whole life: before, while and after its models are loaded.
+
+    `threads` says how many of its requests are worth running at once.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.schemas: list[Schema] = []
+        self.threads = settings.threads or DEFAULT_THREADS
+        self._app: Callable[[dict[str, Any], StartResponse], Iterable[bytes]] = create_starting_app()
+
+    def __call__(self, environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
+        return self._app(environ, start_response)
+
+    def load(self) -> None:
+        """Load the models and serve them from now on; raises ModelError."""
+        self._load()
+        self._serve()
+
+    def load_and_warm_up(self) -> None:
+        """The same in a thread of a process that serves meanwhile: a failure ends the process."""
+        with _or_exit():
+            self._load()
+            self._warm_up()
+            self._serve()
+
+    def warm_up(self) -> None:
+        """Let the models prepare what each worker needs of its own, in a thread: a failure ends the process."""
+        with _or_exit():
+            self._warm_up()
+
+    def _warm_up(self) -> None:
+        for spec, schema in zip(self.settings.models, self.schemas, strict=True):
+            with progress("warming up model", model=str(spec)):
+                prepare(spec, schema.model, "warm_up")
+
+    def _load(self) -> None:
+        self.schemas = load_schemas(self.settings)
+
+    def _serve(self) -> None:
+        if self.settings.threads == THREADS_BY_MODEL and any(_batches(self.settings, s) for s in self.schemas):
+            self.threads = self.settings.max_batch_size
+        self._app = create_app(self.settings, self.schemas, shared_metrics(self.settings.model_paths))
+
+
+@contextmanager
+def _or_exit() -> Iterator[None]:
+    try:
+        yield
+    except BaseException as exc:
+        is_ours = isinstance(exc, ModelError)
+        log.critical("cannot start: %s", exc, exc_info=None if is_ours else exc)
+        print(f"inference_api: {exc}", file=sys.stderr, flush=True)  # noqa: T201 - for whoever starts it by hand
+        os._exit(APP_LOAD_ERROR)
+
+
+def get_app() -> Service:
+    """The service as the environment describes it, for any WSGI server.
+
+    With PRELOAD, its models are loaded when this returns; without, it answers 503 while a thread loads them.
+    Raises SettingsError or ModelError.
+    """
+    service = Service(read_settings())
+    if service.settings.preload:
+        service.load()
+    else:
+        threading.Thread(target=service.load_and_warm_up, name="model-loader", daemon=True).start()
+    return service

@@ -1,0 +1,114 @@
+"""What the service adds to Gunicorn's arbiter (the master process), by Gunicorn's own hooks."""
+
+import gc
+import logging
+import mmap
+import threading
+from pathlib import Path
+from typing import Any
+
+from inference_api import __version__
+from inference_api.app import Service, get_app
+from inference_api.config import Settings, SettingsError, read_settings
+from inference_api.metrics import shared_metrics
+from inference_api.model import ModelError
+
+HEARTBEAT_SECONDS = 1.0
+
+log = logging.getLogger("inference_api")
+
+
+class Hooks:
+    """Gunicorn's server hooks, for these settings; made anew with the configuration at every reload."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+
+    def on_starting(self, arbiter: Any) -> None:
+        log.info("starting", extra={"version": __version__, **self.settings.effective()})
+        if self.settings.preload:
+            _require_one_thread()
+        # One byte that master and workers share: a worker gets the same SIGTERM when the service is shut down as
+        # when the worker alone is replaced, and has to behave differently.
+        arbiter.shutdown_flag = mmap.mmap(-1, 1)
+        _announce_stop(arbiter)
+        _guard_reload(arbiter, self.settings)
+
+    def pre_fork(self, arbiter: Any, worker: Any) -> None:
+        worker.settings = self.settings
+        worker.shutdown_flag = arbiter.shutdown_flag
+        worker.metrics = shared_metrics(self.settings.model_paths)
+        worker.metrics_slot = worker.metrics.take_slot()
+        # What lives now stays: the collector of the child need not look at it, nor unshare its pages.
+        gc.collect()
+        gc.freeze()
+
+    def post_fork(self, _arbiter: Any, worker: Any) -> None:
+        worker.metrics.attach(worker.metrics_slot)
+        worker.log.in_worker(worker.metrics if self.settings.metrics else None)
+
+    def post_worker_init(self, worker: Any) -> None:
+        service = worker.wsgi
+        if not (self.settings.preload and isinstance(service, Service)):
+            return
+        warm_up = threading.Thread(target=service.warm_up, name="warm-up", daemon=True)
+        warm_up.start()
+        while warm_up.is_alive():
+            worker.notify()
+            warm_up.join(HEARTBEAT_SECONDS)
+
+    def worker_exit(self, _arbiter: Any, worker: Any) -> None:
+        worker.log.close()
+
+    def child_exit(self, _arbiter: Any, worker: Any) -> None:
+        worker.metrics.free_slot(worker.metrics_slot)
+
+    def pre_exec(self, arbiter: Any) -> None:
+        arbiter.log.restore_stdout()
+
+
+def _require_one_thread() -> None:
+    # The threads of libraries are not Python's, only the kernel knows all of them.
+    tasks = Path("/proc/self/task")
+    threads = len(list(tasks.iterdir())) if tasks.is_dir() else threading.active_count()
+    if threads > 1:
+        raise ModelError(
+            f"PRELOAD=true is not allowed: loading the models started threads ({threads - 1}), which do not exist in "
+            "a forked worker and would leave it hanging; set PRELOAD=false, or keep the library from starting them "
+            "(for many: OMP_NUM_THREADS=1, OPENBLAS_NUM_THREADS=1)"
+        )
+
+
+def _announce_stop(arbiter: Any) -> None:
+    stop = arbiter.stop
+
+    def announced_stop(graceful: bool = True) -> None:
+        arbiter.shutdown_flag[0] = 1
+        stop(graceful)
+
+    arbiter.stop = announced_stop
+
+
+def _guard_reload(arbiter: Any, started: Settings) -> None:
+    """Reload (SIGHUP) only what can be reloaded: otherwise the old workers serve on, and the log says why."""
+    reload = arbiter.reload
+
+    def guarded_reload() -> None:
+        gc.unfreeze()
+        try:
+            settings = read_settings()
+            if (settings.host, settings.port) != (started.host, started.port):
+                raise SettingsError("HOST and PORT are not allowed to change at a reload: start the service anew")
+            service = None
+            if settings.preload:
+                service = get_app()
+                _require_one_thread()
+        except Exception as exc:
+            is_ours = isinstance(exc, SettingsError | ModelError)
+            log.exception("reload refused, the old workers serve on: %s", exc, exc_info=None if is_ours else exc)
+            return
+        arbiter.app.callable = service
+        reload()
+        log.info("reloaded", extra=settings.effective())
+
+    arbiter.reload = guarded_reload

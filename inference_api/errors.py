@@ -1,0 +1,103 @@
+"""The one place where exceptions become answers: problem details, and a log line for what is the server's fault."""
+
+import logging
+from typing import Any
+
+import falcon
+
+from inference_api import problems
+from inference_api.model import AbandonedError, InferenceError, UnfitInputError
+from inference_api.schema import MalformedError, ShapeError
+
+log = logging.getLogger("inference_api")
+
+NOT_JSON = "The body is not JSON text in UTF-8."
+NOT_FIT = "The body does not fit the schema."
+FAILED = "The model failed."
+INTERNAL = "The service failed."
+ABANDONED = "The request was given up before the model was called."
+RETRY_AFTER_SECONDS = 1
+
+# Details of our own, so that none quotes what the client sent.
+_DETAILS = {
+    400: "The request is not valid.",
+    404: "There is nothing at this path.",
+    405: "The path does not answer this method.",
+}
+
+
+def request_id(req: falcon.Request) -> str:
+    """The request's id: the client's where it is fit, the server's, or a new one; the same one each time."""
+    environ = req.env
+    known: str = environ.get("inference_api.request_id") or problems.request_id(environ.get("HTTP_X_REQUEST_ID"))
+    environ["inference_api.request_id"] = known
+    return known
+
+
+def answer(
+    req: falcon.Request, resp: falcon.Response, status: int, detail: str, errors: list[dict[str, str]] | None = None
+) -> None:
+    """Make `resp` a problem."""
+    resp.status = f"{status} {problems.title(status)}"
+    resp.content_type = problems.MEDIA_TYPE
+    resp.data = problems.problem(status, detail, request_id(req), errors)
+
+
+def _http_error(req: falcon.Request, resp: falcon.Response, exc: falcon.HTTPError, _params: Any) -> None:
+    status = exc.status_code
+    if exc.headers:
+        resp.set_headers(dict(exc.headers))
+    answer(req, resp, status, _detail(exc))
+
+
+def _detail(exc: falcon.HTTPError) -> str:
+    if exc.status_code in _OWN_DESCRIPTIONS and exc.description:
+        return exc.description
+    return _DETAILS.get(exc.status_code) or problems.title(exc.status_code)
+
+
+_OWN_DESCRIPTIONS = frozenset({401, 413, 415, 503})  # raised by this package only, see resources.py
+
+
+def _malformed(req: falcon.Request, resp: falcon.Response, _exc: MalformedError, _params: Any) -> None:
+    answer(req, resp, 400, NOT_JSON)
+
+
+def _shape(req: falcon.Request, resp: falcon.Response, exc: ShapeError, _params: Any) -> None:
+    answer(req, resp, 422, NOT_FIT, [{"pointer": exc.pointer, "detail": exc.detail}])
+
+
+def _unfit(req: falcon.Request, resp: falcon.Response, exc: UnfitInputError, _params: Any) -> None:
+    pointer = f"/{exc.index}" if req.context.get("is_array") else ""
+    answer(req, resp, 422, "The model refused the input.", [{"pointer": pointer, "detail": str(exc)}])
+
+
+def _inference(req: falcon.Request, resp: falcon.Response, exc: InferenceError, _params: Any) -> None:
+    log.error("inference failed", exc_info=exc, extra={"path": req.path})
+    answer(req, resp, 500, FAILED)
+
+
+def _abandoned(req: falcon.Request, resp: falcon.Response, _exc: AbandonedError, _params: Any) -> None:
+    answer(req, resp, 503, ABANDONED)
+    resp.retry_after = RETRY_AFTER_SECONDS
+
+
+def _unexpected(req: falcon.Request, resp: falcon.Response, exc: Exception, _params: Any) -> None:
+    log.error("request failed", exc_info=exc, extra={"path": req.path})
+    answer(req, resp, 500, INTERNAL)
+
+
+def _status(req: falcon.Request, resp: falcon.Response, exc: falcon.HTTPStatus, _params: Any) -> None:
+    answer(req, resp, exc.status_code, problems.title(exc.status_code))
+
+
+def add_error_handlers(app: "falcon.App[Any, Any]") -> None:
+    """Give every exception that can leave a resource its answer."""
+    app.add_error_handler(Exception, _unexpected)
+    app.add_error_handler(falcon.HTTPStatus, _status)
+    app.add_error_handler(falcon.HTTPError, _http_error)
+    app.add_error_handler(MalformedError, _malformed)
+    app.add_error_handler(ShapeError, _shape)
+    app.add_error_handler(UnfitInputError, _unfit)
+    app.add_error_handler(InferenceError, _inference)
+    app.add_error_handler(AbandonedError, _abandoned)

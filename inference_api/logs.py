@@ -1,0 +1,321 @@
+"""JSON lines on stdout: one format for the application's, Gunicorn's and the access lines; nobody waits for a write."""
+
+import json
+import logging
+import os
+import re
+import select
+import stat
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable
+from contextlib import contextmanager
+from contextvars import ContextVar
+from datetime import timedelta
+from json.encoder import encode_basestring_ascii as quoted
+from typing import Any
+
+from gunicorn import glogging
+
+from inference_api.metrics import Metrics
+
+MAX_LINE_BYTES = select.PIPE_BUF
+"""Writes of up to PIPE_BUF bytes to a pipe are atomic (POSIX), so that lines of several workers never mix."""
+MAX_WRITE_BYTES = 65_536
+MAX_QUEUED_LINES = 16_384
+MAX_PATH_CHARACTERS = 512
+GATHER_SECONDS = 0.01
+FLUSH_SECONDS = 1.0
+PROGRESS_SECONDS = 5.0
+
+_STANDARD_ATTRIBUTES = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+_TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?")
+_VERSION_00_CHARACTERS = 55
+
+request_environ: ContextVar[dict[str, Any] | None] = ContextVar("request_environ", default=None)
+"""The WSGI environ of the request being served: every line logged meanwhile gets its request and trace ids."""
+
+
+def trace_id(traceparent: str | None) -> str | None:
+    """The trace id of a valid traceparent header (W3C Trace Context §3.2), else None."""
+    if not traceparent or not (match := _TRACEPARENT.fullmatch(traceparent)):
+        return None
+    if traceparent.startswith("00") and len(traceparent) != _VERSION_00_CHARACTERS:
+        return None
+    return match[1]
+
+
+def timestamp(seconds: float) -> str:
+    """ISO 8601 in UTC with microseconds, of seconds since the epoch."""
+    return f"{_second(int(seconds))}.{int(seconds % 1 * 1e6):06d}Z"
+
+
+def _second(seconds: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
+
+
+def access_line(
+    stamp: str,
+    request_id: str | None,
+    method: str | None,
+    path: str | None,
+    status: int,
+    duration_seconds: float,
+    wait_seconds: float | None,
+    model: str | None,
+    trace: str | None,
+) -> bytes:
+    """One request's access line; what is None is left out. By hand: an encoder costs half as much as the request."""
+    line = f'{{"time":"{stamp}","level":"INFO","logger":"inference_api.access","message":"request"'
+    if request_id is not None:
+        line += f',"request_id":"{request_id}"'
+    if method is not None and path is not None:
+        line += f',"method":"{method}","path":{quoted(path[:MAX_PATH_CHARACTERS])}'
+    line += f',"status":{status},"duration_ms":{duration_seconds * 1e3:.3f}'
+    if wait_seconds is not None:
+        line += f',"queue_ms":{wait_seconds * 1e3:.3f}'
+    if model is not None:
+        line += f',"model":{quoted(model)}'
+    if trace is not None:
+        line += f',"trace_id":"{trace}"'
+    return (line + "}\n").encode("ascii")
+
+
+def json_line(fields: dict[str, Any]) -> bytes:
+    """`fields` as one line of ASCII JSON of at most MAX_LINE_BYTES: the longest text is cut until it fits."""
+    line = json.dumps(fields, default=str)
+    while len(line) >= MAX_LINE_BYTES:
+        fields = {name: value if isinstance(value, int | float) else str(value) for name, value in fields.items()}
+        longest = max(fields, key=lambda name: len(str(fields[name])))
+        text = str(fields[longest])
+        # The end of a traceback says most, the beginning of any other text.
+        fields[longest] = "…" + text[-len(text) // 2 :] if longest == "exception" else text[: len(text) // 2] + "…"
+        line = json.dumps(fields)
+    return line.encode("ascii") + b"\n"
+
+
+class JSONFormatter(logging.Formatter):
+    """A record as a dict: the fixed fields first, then the request's, then those given as `extra`."""
+
+    def fields(self, record: logging.LogRecord) -> dict[str, Any]:
+        fields: dict[str, Any] = {
+            "time": timestamp(record.created),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        environ = request_environ.get() or {}
+        if request_id := environ.get("inference_api.request_id"):
+            fields["request_id"] = request_id
+        if trace := trace_id(environ.get("HTTP_TRACEPARENT")):
+            fields["trace_id"] = trace
+        fields.update((name, value) for name, value in vars(record).items() if name not in _STANDARD_ATTRIBUTES)
+        if record.exc_info:
+            fields["exception"] = self.formatException(record.exc_info)
+        return fields
+
+
+class LineWriter:
+    """Writes whole lines to a file descriptor and never makes a caller wait for it.
+
+    In a worker, after `start()`, a thread of its own writes. Before, and in the master, which must not have a thread
+    when it forks, a line is written only if there is room for it. Lines that find no room are dropped and counted.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.dropped = 0
+        self._dropped_reported = self._dropped_taken = 0
+        self._lines: deque[bytes] = deque()
+        self._wake = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._closing = False
+        try:
+            is_regular = stat.S_ISREG(os.fstat(fd).st_mode)
+        except OSError:
+            is_regular = False
+        self._write_bytes = MAX_WRITE_BYTES if is_regular else MAX_LINE_BYTES
+
+    def start(self) -> None:
+        """Write in a thread from now on; called in a worker, after the fork."""
+        self._thread = threading.Thread(target=self._run, name="log-writer", daemon=True)
+        self._thread.start()
+
+    def write(self, lines: Iterable[bytes]) -> None:
+        """Take whole lines, each at most MAX_LINE_BYTES long."""
+        if self._thread is None:
+            for line in lines:
+                self._write_if_room(line)
+        elif len(self._lines) < MAX_QUEUED_LINES:
+            self._lines.extend(lines)
+            if not self._wake.is_set():
+                self._wake.set()
+        else:
+            self.dropped += sum(1 for _ in lines)
+
+    def close(self) -> None:
+        """Write what is left, for at most FLUSH_SECONDS."""
+        if self._thread is not None:
+            self._closing = True
+            self._wake.set()
+            self._thread.join(FLUSH_SECONDS)
+
+    def take_dropped(self) -> int:
+        """How many lines were dropped since this was last called."""
+        dropped, self._dropped_taken = self.dropped - self._dropped_taken, self.dropped
+        return dropped
+
+    def _write_if_room(self, line: bytes) -> None:
+        try:
+            poller = select.poll()
+            poller.register(self.fd, select.POLLOUT)
+            if not any(events & select.POLLOUT for _, events in poller.poll(0)):
+                raise BlockingIOError
+            os.write(self.fd, line)
+        except OSError:
+            self.dropped += 1
+
+    def _run(self) -> None:
+        while not self._closing:
+            self._wake.wait()
+            if not self._closing:
+                time.sleep(GATHER_SECONDS)  # a write for many lines, and few switches between threads
+            self._wake.clear()
+            while self._lines:
+                self._write_some()
+
+    def _write_some(self) -> None:
+        chunk: list[bytes] = []
+        size = 0
+        while self._lines and size + len(self._lines[0]) <= self._write_bytes:
+            chunk.append(self._lines.popleft())
+            size += len(chunk[-1])
+        data = memoryview(b"".join(chunk))
+        try:
+            while data:
+                data = data[os.write(self.fd, data) :]
+        except BlockingIOError:  # somebody else has made this pipe or terminal non-blocking
+            self.dropped += len(chunk)
+            time.sleep(GATHER_SECONDS)
+            return
+        except OSError:  # the reader has gone, or the disk is full
+            self.dropped += len(chunk)
+            return
+        if self.dropped != self._dropped_reported:
+            dropped, self._dropped_reported = self.dropped - self._dropped_reported, self.dropped
+            self._lines.append(
+                json_line(
+                    {
+                        "time": timestamp(time.time()),
+                        "level": "WARNING",
+                        "logger": "inference_api.logs",
+                        "message": "log lines dropped",
+                        "dropped": dropped,
+                    }
+                )
+            )
+
+
+class _Handler(logging.Handler):
+    def __init__(self, writer: LineWriter) -> None:
+        super().__init__()
+        self.writer = writer
+        self.json = JSONFormatter()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self.writer.write([json_line(self.json.fields(record))])
+        except Exception:
+            self.handleError(record)
+
+
+class Logger(glogging.Logger):  # type: ignore[misc]
+    """Gunicorn's logger class: sends every line of the process through one LineWriter.
+
+    What a model, or a library below it, prints goes to stderr, so that it never stands between the lines.
+    """
+
+    writer: LineWriter | None = None
+    metrics: Metrics | None = None
+
+    def in_worker(self, metrics: Metrics | None) -> None:
+        """Called in a worker, after the fork: lines are written by a thread from now on, requests counted."""
+        self.metrics = metrics
+        if self.writer is not None:
+            self.writer.start()
+
+    def close(self) -> None:
+        """Write what is left; called as the last thing in a worker."""
+        if self.writer is not None:
+            self.writer.close()
+
+    def restore_stdout(self) -> None:
+        """Give stdout back its descriptor, for the program that this process is about to become."""
+        if self.writer is not None:
+            os.dup2(self.writer.fd, 1)
+
+    def setup(self, cfg: Any) -> None:
+        """Called by Gunicorn at the start and at every reload."""
+        self.cfg = cfg
+        if self.writer is None:
+            log_fd = os.dup(1)
+            os.dup2(2, 1)
+            sys.stdout = sys.stderr
+            self.writer = LineWriter(log_fd)
+        root = logging.getLogger()
+        root.handlers = [_Handler(self.writer)]
+        root.setLevel(cfg.loglevel.upper())
+        for logger in (self.error_log, self.access_log):
+            logger.handlers = []
+            logger.propagate = True
+            logger.setLevel(logging.NOTSET)
+        logging.captureWarnings(True)
+
+    def access(self, resp: Any, req: Any, environ: dict[str, Any], request_time: timedelta) -> None:
+        """One request served by a stock worker; the project's own worker writes its lines itself."""
+        headers = {name.lower(): value for name, value in resp.headers}
+        status = int(str(resp.status).split(None, 1)[0])
+        seconds = request_time.total_seconds()
+        if self.metrics is not None:
+            self.metrics.record_threadsafe(environ["PATH_INFO"], environ["REQUEST_METHOD"], status, seconds, None)
+        if self.cfg.accesslog and self.writer is not None and logging.getLogger().isEnabledFor(logging.INFO):
+            line = access_line(
+                timestamp(time.time()),
+                headers.get("x-request-id"),
+                environ.get("REQUEST_METHOD"),
+                environ.get("PATH_INFO"),
+                status,
+                seconds,
+                None,
+                headers.get("x-model"),
+                trace_id(environ.get("HTTP_TRACEPARENT")),
+            )
+            self.writer.write([line])
+
+    def reopen_files(self) -> None:
+        """There are none: lines go to stdout."""
+
+    def close_on_exec(self) -> None:
+        """There is nothing to close: os.dup() makes descriptors that are not inherited (PEP 446)."""
+
+
+@contextmanager
+def progress(message: str, **fields: str) -> Any:
+    """Log a line every PROGRESS_SECONDS while the block runs."""
+    started = time.monotonic()
+    ended = threading.Event()
+
+    def run() -> None:
+        while not ended.wait(PROGRESS_SECONDS):
+            seconds = round(time.monotonic() - started)
+            logging.getLogger("inference_api").info(message, extra={**fields, "seconds": seconds})
+
+    thread = threading.Thread(target=run, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

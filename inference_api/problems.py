@@ -1,0 +1,40 @@
+"""Problem details (RFC 9457): the body of every error, from the application and from the server below it."""
+
+import random
+import re
+from http import HTTPStatus
+from typing import Any
+
+import msgspec
+
+MEDIA_TYPE = "application/problem+json"
+
+# Where Python's phrases are those of an earlier RFC than 9110.
+_TITLES = {413: "Content Too Large", 414: "URI Too Long", 422: "Unprocessable Content"}
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+def title(status: int) -> str:
+    """The reason phrase of a status code (RFC 9110 §15)."""
+    return _TITLES.get(status) or HTTPStatus(status).phrase
+
+
+def problem(status: int, detail: str, request_id: str, errors: list[dict[str, str]] | None = None) -> bytes:
+    """A problem+json body; `errors` are `{"pointer": JSON pointer (RFC 6901), "detail": words}`."""
+    members: dict[str, Any] = {
+        "type": "about:blank",
+        "title": title(status),
+        "status": status,
+        "detail": detail,
+        "request_id": request_id,
+    }
+    if errors:
+        members["errors"] = errors
+    return msgspec.json.encode(members)
+
+
+def request_id(sent: str | None) -> str:
+    """The client's X-Request-ID where it is fit to be logged and echoed, else a new one of 32 hexadecimal digits."""
+    if sent is not None and _REQUEST_ID.fullmatch(sent):
+        return sent
+    return f"{random.getrandbits(128):032x}"

@@ -1,0 +1,121 @@
+"""The two resource classes: health and prediction."""
+
+import hmac
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import falcon
+
+from inference_api.schema import Schema
+
+UNAUTHORIZED = "A valid key is needed: Authorization: Bearer …, or X-API-Key."
+NOT_JSON_TYPE = "The content type must be application/json."
+
+
+def _never() -> bool:
+    return False
+
+
+class Predictor(Protocol):
+    """What turns a request's inputs into as many outputs, in order; see batching.py."""
+
+    def predict(self, inputs: Sequence[Any], abandoned: Callable[[], bool]) -> list[Any]:
+        """Raises UnfitInputError, InferenceError or AbandonedError."""
+
+
+class Health:
+    """Whether a balancer should send requests here (`/health`), and whether the process works (`/health/live`)."""
+
+    def __init__(self, state: str = "healthy") -> None:
+        self.state = state
+
+    def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
+        # The server knows when it drains or is stuck, see worker/loop.py.
+        state = req.env.get("inference_api.state", "healthy")
+        if state == "healthy":
+            state = self.state
+        if state != "healthy":
+            resp.status = falcon.HTTP_503
+        resp.data = b'{"status":"%b"}' % state.encode()
+        resp.cache_control = ("no-store",)
+
+    def on_get_live(self, req: falcon.Request, resp: falcon.Response) -> None:
+        resp.data = b'{"status":"alive"}'
+        resp.cache_control = ("no-store",)
+
+    on_head = on_get
+    on_head_live = on_get_live
+
+
+class Prediction:
+    """One model's predictions: one input, or an array of them, as JSON."""
+
+    def __init__(
+        self,
+        schema: Schema,
+        predictor: Predictor,
+        *,
+        api_keys: tuple[bytes, ...],
+        max_body_bytes: int,
+        predicted: Callable[[str, int], None],
+    ) -> None:
+        self._schema = schema
+        self._predictor = predictor
+        self._api_keys = api_keys
+        self._max_body_bytes = max_body_bytes
+        self._predicted = predicted
+        self._x_model = f"{schema.model.name}/{schema.model.version}"
+
+    def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
+        resp.set_header("X-Model", self._x_model)
+        environ = req.env
+        if self._api_keys:
+            self._authorize(environ)
+        content_type = environ.get("CONTENT_TYPE")
+        if content_type and content_type != "application/json":
+            _require_json_type(content_type)
+        schema = self._schema
+        inputs, is_array = schema.decode(self._read(environ))
+        if is_array:
+            req.context["is_array"] = True
+        echoes = schema.encode_inputs(inputs)
+        outputs = self._predictor.predict(inputs, environ.get("inference_api.abandoned", _never))
+        resp.data = schema.encode_answer(echoes, outputs, is_array)
+        self._predicted(schema.path, len(inputs))
+
+    def _authorize(self, environ: dict[str, Any]) -> None:
+        given = environ.get("HTTP_X_API_KEY", "")
+        scheme, _, credentials = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
+        if not given and scheme.lower() == "bearer":
+            given = credentials.strip()
+        # Every key is compared, as bytes, so that the time taken tells nothing.
+        matches = [hmac.compare_digest(key, given.encode("latin-1")) for key in self._api_keys]
+        if not any(matches):
+            raise falcon.HTTPUnauthorized(description=UNAUTHORIZED, challenges=['Bearer realm="inference-api"'])
+
+    def _read(self, environ: dict[str, Any]) -> bytes:
+        text = environ.get("CONTENT_LENGTH")
+        if text:
+            if not text.isascii() or not text.isdigit():
+                raise falcon.HTTPBadRequest
+            length = int(text)
+            if length > self._max_body_bytes:
+                raise self._too_large()
+        elif environ.get("wsgi.input_terminated"):
+            length = self._max_body_bytes + 1
+        else:
+            return b""
+        body: bytes = environ["wsgi.input"].read(length)
+        if len(body) > self._max_body_bytes:
+            raise self._too_large()
+        if text and len(body) < length:
+            raise falcon.HTTPBadRequest
+        return body
+
+    def _too_large(self) -> falcon.HTTPError:
+        return falcon.HTTPContentTooLarge(description=f"The body may have at most {self._max_body_bytes} bytes.")
+
+
+def _require_json_type(content_type: str) -> None:
+    if content_type.partition(";")[0].strip().lower() != "application/json":
+        raise falcon.HTTPUnsupportedMediaType(description=NOT_JSON_TYPE)

@@ -1,0 +1,112 @@
+"""The Gunicorn worker: an event loop for the connections, threads for the application."""
+
+import logging
+import os
+import signal
+import sys
+from typing import Any
+
+from gunicorn.workers.base import Worker as BaseWorker
+
+from inference_api import __version__
+from inference_api.worker.http import RequestParser
+from inference_api.worker.loop import Limits, Loop
+
+SWITCH_INTERVAL_SECONDS = 0.0005
+"""How long a busy thread may keep the interpreter from the I/O thread: 0.5 ms costs no throughput, 5 ms (Python's own)
+shows in the latency of /health."""
+
+log = logging.getLogger("inference_api.worker")
+
+
+class Worker(BaseWorker):  # type: ignore[misc]
+    """A worker class for Gunicorn's `worker_class`. The hooks in inference_api/arbiter.py give it its settings."""
+
+    loop: Loop | None = None
+
+    @staticmethod
+    def check_config(cfg: Any, _log: Any) -> None:
+        """Called by the arbiter at the start; raises RuntimeError for what this worker does not do."""
+        if cfg.is_ssl:
+            raise RuntimeError("TLS is a proxy's job, or Gunicorn's own workers': set WORKER_CLASS=gthread")
+
+    def run(self) -> None:
+        """Serve until told to stop."""
+        sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
+        settings, cfg = self.settings, self.cfg
+        name = self.sockets[0].getsockname()
+        host, port = (str(name[0]), str(name[1])) if isinstance(name, tuple) else ("localhost", "")
+        self.loop = Loop(
+            listeners=self.sockets,
+            application=self.wsgi,
+            parser=RequestParser(
+                max_line_bytes=cfg.limit_request_line,
+                max_fields=cfg.limit_request_fields,
+                max_field_bytes=cfg.limit_request_field_size,
+                max_body_bytes=settings.max_body_bytes,
+            ),
+            limits=Limits(
+                max_connections=settings.max_connections,
+                max_pending=settings.max_pending,
+                max_requests=self.max_requests if self.max_requests != sys.maxsize else 0,
+                threads=cfg.threads,
+                max_body_bytes=settings.max_body_bytes,
+                request_timeout=settings.request_timeout,
+                read_timeout=settings.read_timeout,
+                keep_alive=settings.keep_alive,
+                drain=settings.drain_seconds,
+                graceful=settings.graceful_timeout,
+            ),
+            environ={
+                "SCRIPT_NAME": "",
+                "SERVER_NAME": host,
+                "SERVER_PORT": port,
+                "SERVER_SOFTWARE": f"inference-api/{__version__}",
+                "wsgi.version": (1, 0),
+                "wsgi.url_scheme": "http",
+                "wsgi.errors": sys.stderr,
+                "wsgi.input_terminated": True,
+                "wsgi.multithread": True,
+                "wsgi.multiprocess": cfg.workers > 1,
+                "wsgi.run_once": False,
+            },
+            trusted_peers=None if "*" in cfg.forwarded_allow_ips else frozenset(map(str, cfg.forwarded_allow_ips)),
+            scheme_fields=[
+                (f"HTTP_{name.upper().replace('-', '_')}", value) for name, value in cfg.secure_scheme_headers.items()
+            ],
+            wake_fds=(self.PIPE[0], self.PIPE[1]),
+            writer=self.log.writer,
+            metrics=self.metrics if settings.metrics else None,
+            access_log=settings.access_log and logging.getLogger().isEnabledFor(logging.INFO),
+            heartbeat=self._heartbeat,
+            is_shutdown=lambda: bool(self.shutdown_flag[0]),
+        )
+        if not self.alive:
+            self.loop.request_stop()
+        self.loop.run()
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        """SIGTERM: the service is shut down, or this worker alone is replaced; the master's flag tells which."""
+        self.alive = False
+        if self.loop is not None:
+            self.loop.request_stop()
+
+    def _heartbeat(self) -> bool:
+        """Tell the arbiter that this worker works; returns whether there still is an arbiter."""
+        self.notify()
+        if self.ppid == os.getppid():
+            return True
+        log.warning("the master has gone")
+        return False
+
+    def handle_abort(self, sig: int, frame: Any) -> None:
+        """SIGABRT: the arbiter has waited in vain for a heartbeat."""
+        log.critical("aborted by the arbiter: no heartbeat")
+        self.log.close()
+        os._exit(1)
+
+    def handle_quit(self, sig: int, frame: Any) -> None:
+        """SIGQUIT and SIGINT: end at once."""
+        self.alive = False
+        signal.signal(sig, signal.SIG_IGN)
+        sys.exit(0)

@@ -1,0 +1,331 @@
+"""The WSGI side (PEP 3333): one request's passage through the application, in an application thread."""
+
+import io
+import logging
+import re
+import threading
+import time
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol
+
+from inference_api import problems
+
+if TYPE_CHECKING:
+    from inference_api.worker.connection import Connection
+
+SERVER = "inference-api"
+MAX_STREAM_BYTES = 1_048_576
+"""Bytes of a streamed answer that may wait for the client before the application is made to wait."""
+STREAM_CHECK_SECONDS = 1.0
+FAILED = "The service failed."
+
+ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None]
+Headers = list[tuple[str, str]]
+Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
+
+log = logging.getLogger("inference_api.worker")
+
+_STATUS = re.compile(r"[2-9][0-9]{2} [\t\x20-\x7e]*")
+_FIELD_NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,256}")
+_FIELD_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
+_KNOWN_NAMES = frozenset({"content-type", "content-length", "x-request-id", "x-model", "cache-control"})
+_NOT_THE_APPLICATIONS = frozenset(
+    {
+        "connection",
+        "date",
+        "keep-alive",
+        "proxy-authenticate",
+        "proxy-authorization",
+        "proxy-connection",
+        "server",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+    }
+)
+
+
+class GoneError(Exception):
+    """Nobody waits for the rest of a streamed answer: the client has gone, or the deadline has passed."""
+
+
+class Server(Protocol):
+    """What an application thread needs of the server."""
+
+    closing: bool
+
+    def deliver(self, exchange: "Exchange", data: bytes | None, is_last: bool) -> None:
+        """Hand a piece of an answer to the I/O thread; None: the answer cannot be completed, cut it off."""
+
+
+class Exchange:
+    """One request and its answer.
+
+    The I/O thread makes it, an application thread runs it, and the I/O thread alone decides what becomes of the
+    answer; `abandoned` tells the application thread that nobody waits for it any more.
+    """
+
+    __slots__ = (
+        "abandoned",
+        "arrived",
+        "body_bytes",
+        "connection",
+        "cost",
+        "deadline",
+        "ended",
+        "environ",
+        "is_begun",
+        "is_dead",
+        "is_done",
+        "is_get",
+        "is_http11",
+        "keep_alive",
+        "method",
+        "model",
+        "path",
+        "produced_bytes",
+        "request_id",
+        "room",
+        "sent_bytes",
+        "started",
+        "status",
+    )
+
+    def __init__(self, connection: "Connection", environ: dict[str, Any], body: bytes, is_http11: bool) -> None:
+        self.connection = connection
+        self.environ = environ
+        self.method: str = environ["REQUEST_METHOD"]
+        self.path: str = environ["PATH_INFO"]
+        self.request_id = problems.request_id(environ.get("HTTP_X_REQUEST_ID"))
+        self.body_bytes = len(body)
+        self.is_http11 = is_http11
+        self.is_get = False  # GET and HEAD: run by a thread of their own
+        self.is_dead = False  # abandoned while it waits: nobody will run it
+        self.keep_alive = True
+        self.abandoned = False
+        self.is_begun = False  # a piece of the answer has been handed to the I/O thread
+        self.is_done = False  # the last piece has
+        self.status = 0
+        self.model: str | None = None
+        self.arrived = self.deadline = self.started = self.ended = self.cost = 0.0
+        self.produced_bytes = self.sent_bytes = 0
+        self.room: threading.Event | None = None
+        environ["wsgi.input"] = io.BytesIO(body)
+        environ["inference_api.request_id"] = self.request_id
+        environ["inference_api.abandoned"] = self.is_abandoned
+
+    def is_abandoned(self) -> bool:
+        return self.abandoned
+
+
+class DateFields:
+    """The Server and Date fields, made once a second (RFC 9110 §6.6.1)."""
+
+    def __init__(self) -> None:
+        self._second = -1
+        self._fields = ""
+
+    def __call__(self) -> str:
+        second = int(time.time())
+        if second != self._second:
+            date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(second))
+            self._fields = f"Server: {SERVER}\r\nDate: {date}\r\n"
+            self._second = second
+        return self._fields
+
+
+date_fields = DateFields()
+
+
+def head(status: str, headers: Headers, exchange: Exchange) -> bytes:
+    """The status line and fields of an answer, up to and with the empty line."""
+    text = f"HTTP/1.1 {status}\r\n{date_fields()}"
+    for name, value in headers:
+        text += f"{name}: {value}\r\n"
+        if name == "x-model":
+            exchange.model = value
+    if not exchange.keep_alive:
+        text += "Connection: close\r\n"
+    elif not exchange.is_http11:
+        text += "Connection: keep-alive\r\n"
+    return (text + "\r\n").encode("latin-1")
+
+
+def problem_answer(exchange: Exchange, status: int, detail: str, more: Headers | None = None) -> bytes:
+    """A whole answer made by the server itself."""
+    body = problems.problem(status, detail, exchange.request_id)
+    headers = [
+        ("Content-Type", problems.MEDIA_TYPE),
+        ("Content-Length", str(len(body))),
+        ("X-Request-ID", exchange.request_id),
+        *(more or []),
+    ]
+    exchange.status = status
+    return head(f"{status} {problems.title(status)}", headers, exchange) + (b"" if exchange.method == "HEAD" else body)
+
+
+class Answer:
+    """What the application gives, checked and framed (PEP 3333, RFC 9112 §6)."""
+
+    __slots__ = ("_exchange", "_headers", "_is_bodiless", "_is_chunked", "_left", "_server", "_status")
+
+    def __init__(self, exchange: Exchange, server: Server) -> None:
+        self._exchange = exchange
+        self._server = server
+        self._status: str | None = None
+        self._headers: Headers = []
+        self._is_chunked = False
+        self._is_bodiless = False
+        self._left: int | None = None  # bytes of the declared length that have not come yet
+
+    def start_response(self, status: str, headers: Headers, exc_info: ExcInfo | None = None) -> Callable[[bytes], None]:
+        """PEP 3333's start_response; raises AssertionError or ValueError for what an application may not do."""
+        if exc_info is not None:
+            try:
+                if self._exchange.is_begun:
+                    raise exc_info[1].with_traceback(exc_info[2])
+            finally:
+                exc_info = None  # breaks the reference cycle, as PEP 3333 asks
+        elif self._status is not None:
+            raise AssertionError("start_response() was called twice without exc_info")
+        if not _STATUS.fullmatch(status):
+            raise ValueError(f"the status is not valid: {status!r}")
+        self._left = _check_headers(headers)
+        self._status = status
+        self._headers = headers
+        return self.write
+
+    def write(self, data: bytes) -> None:
+        """Send a piece of the body now; waits where the client does not keep up. PEP 3333's write()."""
+        exchange = self._exchange
+        if exchange.abandoned:
+            raise GoneError
+        if not exchange.is_begun:
+            self._begin(None)
+        if self._is_bodiless or not (data := self._within_length(data)):
+            return
+        self._deliver(b"%x\r\n%b\r\n" % (len(data), data) if self._is_chunked else data)
+
+    def finish(self, result: Iterable[bytes]) -> None:
+        """Send all of what the application returned."""
+        if type(result) is list and len(result) <= 1 and not self._exchange.is_begun:
+            # The usual case: a body that is there, in one piece with its head.
+            body = result[0] if result else b""
+            self._begin(body)
+        else:
+            for data in result:
+                if data or not self._status:
+                    self.write(data)
+            if not self._exchange.is_begun:
+                self._begin(b"")
+                return
+            is_cut_off = bool(self._left) and not self._is_bodiless
+            if is_cut_off:
+                log.error("the answer is shorter than its Content-Length", extra=fields_of(self._exchange))
+            last = b"0\r\n\r\n" if self._is_chunked and not self._is_bodiless else b""
+            self._end(None if is_cut_off else last)
+
+    def _begin(self, body: bytes | None) -> None:
+        """Send the head: with the whole body, or with None before pieces of it."""
+        exchange = self._exchange
+        if self._status is None:
+            raise AssertionError("the application did not call start_response() before its first piece of body")
+        exchange.status = int(self._status[:3])
+        self._is_bodiless = exchange.method == "HEAD" or exchange.status in (204, 304)
+        if self._server.closing:
+            exchange.keep_alive = False
+        headers = self._headers
+        if body is None:
+            if self._left is None and not self._is_bodiless:
+                if exchange.is_http11:
+                    self._is_chunked = True
+                    headers = [*headers, ("Transfer-Encoding", "chunked")]
+                else:
+                    exchange.keep_alive = False
+            exchange.room = threading.Event()
+            output, is_last = head(self._status, headers, exchange), False
+        else:
+            if self._left is None:
+                if exchange.status not in (204, 304) and exchange.method != "HEAD":
+                    headers = [*headers, ("Content-Length", str(len(body)))]
+            elif self._left != len(body) and not self._is_bodiless:
+                log.error("the answer's body is not as long as its Content-Length", extra=fields_of(exchange))
+                if len(body) < self._left:
+                    raise ValueError("the body is shorter than its Content-Length")
+                body = body[: self._left]
+            output, is_last = head(self._status, headers, exchange), True
+            if not self._is_bodiless:
+                output += body
+        exchange.is_begun = True
+        if is_last:
+            self._end(output)
+        else:
+            self._deliver(output)
+
+    def _within_length(self, data: bytes) -> bytes:
+        if self._left is None:
+            return data
+        if len(data) > self._left:
+            log.error("the answer is longer than its Content-Length", extra=fields_of(self._exchange))
+        data = data[: self._left]
+        self._left -= len(data)
+        return data
+
+    def give_up(self) -> None:
+        """End the answer after a failure: with a problem where nothing has been sent, else cut off."""
+        exchange = self._exchange
+        if not exchange.is_done:
+            self._end(None if exchange.is_begun else problem_answer(exchange, 500, FAILED))
+
+    def _end(self, data: bytes | None) -> None:
+        self._exchange.is_done = True
+        self._server.deliver(self._exchange, data, True)
+
+    def _deliver(self, data: bytes) -> None:
+        exchange = self._exchange
+        exchange.produced_bytes += len(data)
+        self._server.deliver(exchange, data, False)
+        assert exchange.room is not None  # noqa: S101 - for the type checker
+        while exchange.produced_bytes - exchange.sent_bytes > MAX_STREAM_BYTES:
+            exchange.room.wait(STREAM_CHECK_SECONDS)
+            exchange.room.clear()
+            if exchange.abandoned:
+                raise GoneError
+
+
+def _check_headers(headers: Headers) -> int | None:
+    """Refuse fields that an application may not send (PEP 3333); returns the Content-Length."""
+    length: int | None = None
+    for name, value in headers:
+        if name not in _KNOWN_NAMES and (not _FIELD_NAME.fullmatch(name) or name.lower() in _NOT_THE_APPLICATIONS):
+            raise ValueError(f"the header field is not the application's to send: {name!r}")
+        if not (value.isascii() and value.isprintable()) and not _FIELD_VALUE.fullmatch(value):
+            raise ValueError(f"the value of the header field {name} is not valid")
+        if name == "content-length" or name.lower() == "content-length":
+            length = int(value)
+    return length
+
+
+def fields_of(exchange: Exchange) -> dict[str, str]:
+    """What a log line about this exchange has to say which one it was."""
+    return {"request_id": exchange.request_id, "method": exchange.method, "path": exchange.path}
+
+
+def run(application: Application, exchange: Exchange, server: Server) -> None:
+    """Call the application for one request and send what it gives; close() is always called. Never raises."""
+    answer = Answer(exchange, server)
+    try:
+        result = application(exchange.environ, answer.start_response)
+        try:
+            answer.finish(result)
+        finally:
+            close = getattr(result, "close", None)
+            if close is not None:
+                close()
+    except GoneError:
+        answer.give_up()
+    except BaseException:
+        log.exception("the application failed", extra=fields_of(exchange))
+        answer.give_up()
