@@ -1,0 +1,1 @@
+"""Real models to serve and to learn from: see README.md."""
