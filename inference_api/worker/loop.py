@@ -784,7 +784,8 @@ def _drop_new_connections(listener: socket.socket) -> None:
             (0x06, 0, 0, 0xFFFFFFFF),  # pass
         )
     )
-    address, length = array.array("B", program).buffer_info()
+    kept = array.array("B", program)  # the kernel is given its address: it must live until the call has returned
+    address, length = kept.buffer_info()
     try:
         listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HL", length // 8, address))
     except OSError as exc:
