@@ -24,6 +24,7 @@ class Digit(TypedDict):
 
 class DigitsModel:
     name, version = "digits", "1.0.0"
+    thread_safe = False  # a forest changes Python's warning filters, which all threads share, for every tree
 
     def load(self) -> None:
         path = Path(os.environ.get("DIGITS_WEIGHTS", WEIGHTS))

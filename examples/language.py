@@ -1,4 +1,4 @@
-"""The language of a text, one of 100 or so, by py3langid: text in, label and probability out."""
+"""The language of a text, one of 140, by py3langid: text in, label and probability out."""
 
 from typing import Annotated, TypedDict
 
@@ -12,7 +12,7 @@ Probability = Annotated[float, Meta(ge=0, le=1)]
 
 
 class Language(TypedDict):
-    """The ISO 639 code of the language that the text is most probably in."""
+    """The ISO 639 code of the language that the text is most probably in, and how sure that is."""
 
     label: str
     probability: Probability
@@ -28,4 +28,4 @@ class LanguageModel:
         if not any(character.isalpha() for character in text):
             raise ValueError("There is no letter in the text, so it is in no language.")  # answered with 422
         label, probability = self._identifier.classify(text)
-        return {"label": label, "probability": min(round(probability, 6), 1.0)}
+        return {"label": label, "probability": round(probability, 6)}

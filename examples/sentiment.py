@@ -5,7 +5,8 @@ from typing import Annotated, Literal, TypedDict
 from msgspec import Meta
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-MAX_TEXT_CHARACTERS = 1000
+MAX_TEXT_CHARACTERS = 280
+"""VADER is made for a sentence; its time grows with the square of the emoji in it (1,000 take a second)."""
 THRESHOLD = 0.05
 """What the authors of VADER take for neutral: a compound score between minus and plus this."""
 
