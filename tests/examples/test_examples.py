@@ -8,6 +8,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -283,6 +284,22 @@ def service(weights: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -
 
 
 # By themselves.
+
+
+def test_the_locks_fit_together() -> None:
+    """What a list asks for is locked with hashes, and every package has one version in all locks and the service's."""
+    locks = sorted((PROJECT / "examples" / "requirements").glob("*.txt"))
+    assert [lock.stem for lock in locks] == ["digits", "export", "language", "onnx", "sentiment"]
+    pinned: dict[str, set[str]] = {}
+    for lock in [PROJECT / "requirements.txt", *locks]:
+        text = lock.read_text()
+        pins = re.findall(r"^([\w.-]+)==(\S+) \\\n    --hash=sha256:", text, re.MULTILINE)
+        assert len(pins) == text.count("==")
+        wanted = re.findall(r"^[\w-]+", lock.with_suffix(".in").read_text(), re.MULTILINE)
+        assert {name.lower() for name in wanted if name != "-c"} <= {name for name, _ in pins}
+        for name, version in pins:
+            pinned.setdefault(name, set()).add(version)
+    assert not {name: versions for name, versions in pinned.items() if len(versions) > 1}
 
 
 @pytest.mark.parametrize("name", MODELS)
