@@ -102,7 +102,7 @@ def _predictor(settings: Settings, schema: Schema, metrics: Metrics) -> Predicto
         return Batcher(
             predict_batch, schema.call, settings.max_batch_size, observe=partial(metrics.batched, schema.path)
         )
-    return Direct(schema.call, None if getattr(schema.model, "thread_safe", True) else threading.Lock())
+    return Direct(schema.call, thread_safe=getattr(schema.model, "thread_safe", True))
 
 
 def _batches(settings: Settings, schema: Schema) -> bool:
