@@ -51,7 +51,13 @@ class SquareNumbersModel:
 
 
 class ModelError(RuntimeError):
-    """A model cannot be served: it does not exist, is not a model, or failed to load. The service must not start."""
+    """A model cannot be served: it does not exist, is not a model, or failed to load. The service must not start.
+
+    The message is one line, whatever the exceptions that it quotes are.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
 
 
 class UnfitInputError(Exception):
@@ -95,15 +101,15 @@ def find_model(spec: ModelSpec) -> Model:
     """
     try:
         module = importlib.import_module(spec.module)
-    except Exception as exc:
-        raise ModelError(f"MODELS: {spec}: cannot import {spec.module}: {_line(exc)}") from exc
+    except (Exception, SystemExit) as exc:
+        raise ModelError(f"MODELS: {spec}: cannot import {spec.module}: {_quoted(exc)}") from exc
     cls = getattr(module, spec.class_name, None)
     if not isinstance(cls, type):
         raise ModelError(f"MODELS: {spec}: {spec.module} has no class {spec.class_name}")
     try:
         model: Model = cls()
-    except Exception as exc:
-        raise ModelError(f"MODELS: {spec}: {spec.class_name}() failed: {_line(exc)}") from exc
+    except (Exception, SystemExit) as exc:
+        raise ModelError(f"MODELS: {spec}: {spec.class_name}() failed: {_quoted(exc)}") from exc
     for attribute in ("name", "version"):
         value = getattr(model, attribute, None)
         if not isinstance(value, str) or not _NAME.fullmatch(value):
@@ -124,9 +130,9 @@ def prepare(spec: ModelSpec, model: Model, step: str) -> None:
         return
     try:
         method()
-    except Exception as exc:
-        raise ModelError(f"MODELS: {spec}: {step}() failed: {_line(exc)}") from exc
+    except (Exception, SystemExit) as exc:
+        raise ModelError(f"MODELS: {spec}: {step}() failed: {_quoted(exc)}") from exc
 
 
-def _line(exc: BaseException) -> str:
-    return " ".join(f"{type(exc).__name__}: {exc}".split())
+def _quoted(exc: BaseException) -> str:
+    return f"{type(exc).__name__}: {exc}"
