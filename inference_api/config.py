@@ -2,6 +2,7 @@
 
 import math
 import os
+import pkgutil
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ from dotenv import dotenv_values
 from inference_api.model import ModelSpec
 
 DEFAULT_MODELS = "predict=inference_api.model:DummyModel,square_numbers=inference_api.model:SquareNumbersModel"
+OWN_WORKER_CLASS = "inference_api.worker.Worker"
 RESERVED_PATHS = frozenset({"health", "metrics", "docs", "openapi.json"})
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 SWITCHES = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
@@ -90,8 +92,13 @@ def _log_level(text: str) -> str:
 
 
 def _worker_class(text: str) -> str:
-    if text != "gthread" and not ("." in text and _DOTTED_NAME.fullmatch(text)):
-        raise ValueError("gthread, or the dotted name of a Gunicorn worker class")
+    if text not in (OWN_WORKER_CLASS, "gthread"):
+        try:
+            is_worker = _DOTTED_NAME.fullmatch(text) and hasattr(pkgutil.resolve_name(text), "init_process")
+        except Exception:  # whatever its module raises
+            is_worker = False
+        if not is_worker:
+            raise ValueError("gthread, or the dotted name of a Gunicorn worker class that can be imported")
     return text
 
 
@@ -141,7 +148,7 @@ class Settings:
         "predictions at once in one worker; by default 2, or MAX_BATCH_SIZE where a model batches",
     )
     worker_class: str = _setting(
-        "inference_api.worker.Worker", _worker_class, "Gunicorn worker class; gthread works with fewer promises"
+        OWN_WORKER_CLASS, _worker_class, "Gunicorn worker class; gthread works with fewer promises"
     )
     models: tuple[ModelSpec, ...] = _setting(
         DEFAULT_MODELS, _models, "what is served where: path=module:Class, several separated by commas"
