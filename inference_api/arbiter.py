@@ -3,7 +3,10 @@
 import gc
 import logging
 import mmap
+import os
+import socket
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,8 @@ from inference_api.metrics import shared_metrics
 from inference_api.model import ModelError
 
 HEARTBEAT_SECONDS = 1.0
+LAST_THREAD_SECONDS = 1.0
+"""How long a thread that has been joined may still be seen: the kernel ends it a little later."""
 
 log = logging.getLogger("inference_api")
 
@@ -28,6 +33,9 @@ class Hooks:
         log.info("starting", extra={"version": __version__, **self.settings.effective()})
         if self.settings.preload:
             _require_one_thread()
+        if arbiter.cfg.is_ssl:  # before Gunicorn looks for the files
+            arbiter.worker_class.check_config(arbiter.cfg, arbiter.log)
+        _require_address(arbiter.cfg)
         # One byte that master and workers share: a worker gets the same SIGTERM when the service is shut down as
         # when the worker alone is replaced, and has to behave differently.
         arbiter.shutdown_flag = mmap.mmap(-1, 1)
@@ -68,15 +76,40 @@ class Hooks:
 
 
 def _require_one_thread() -> None:
+    deadline = time.monotonic() + LAST_THREAD_SECONDS
+    while (threads := _count_threads()) > 1:
+        if time.monotonic() >= deadline:
+            raise ModelError(
+                f"PRELOAD=true is not allowed: loading the models started threads ({threads - 1}), which do not exist "
+                "in a forked worker and would leave it hanging; set PRELOAD=false, or keep the library from starting "
+                "them (for many: OMP_NUM_THREADS=1, OPENBLAS_NUM_THREADS=1)"
+            )
+        time.sleep(0.01)
+
+
+def _count_threads() -> int:
     # The threads of libraries are not Python's, only the kernel knows all of them.
     tasks = Path("/proc/self/task")
-    threads = len(list(tasks.iterdir())) if tasks.is_dir() else threading.active_count()
-    if threads > 1:
-        raise ModelError(
-            f"PRELOAD=true is not allowed: loading the models started threads ({threads - 1}), which do not exist in "
-            "a forked worker and would leave it hanging; set PRELOAD=false, or keep the library from starting them "
-            "(for many: OMP_NUM_THREADS=1, OPENBLAS_NUM_THREADS=1)"
-        )
+    return len(list(tasks.iterdir())) if tasks.is_dir() else threading.active_count()
+
+
+def _require_address(cfg: Any) -> None:
+    """Refuse in one line an address that Gunicorn would try for five seconds and then name in the log alone."""
+    if cfg.reuse_port or {"LISTEN_FDS", "GUNICORN_FD"} & os.environ.keys():  # shared or inherited: it may be in use
+        return
+    for address in cfg.address:
+        if not isinstance(address, tuple):
+            continue
+        host, port = address
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(address)
+            except OSError as exc:
+                raise SettingsError(
+                    f"HOST={host!r} with PORT={port!r} is not allowed: it must be a free address of this machine, "
+                    f"but the system says: {exc.strerror}"
+                ) from exc
 
 
 def _announce_stop(arbiter: Any) -> None:
