@@ -1,6 +1,7 @@
 """python -m inference_api: starts the service, or says what it would do."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -48,6 +49,8 @@ def main() -> None:
         _check()
         return
     settings_or_exit()
+    if not os.environ.get("WEB_CONCURRENCY", "").strip():
+        os.environ.pop("WEB_CONCURRENCY", None)  # Gunicorn reads it when it is imported, and takes no empty one
     from gunicorn.app.wsgiapp import WSGIApplication
 
     sys.argv[1:] = ["--config", str(GUNICORN_CONFIG)]
