@@ -8,7 +8,7 @@ RUN pip --python /venv/bin/python install --disable-pip-version-check --no-cache
     && python -m compileall -q --invalidation-mode checked-hash /venv
 COPY gunicorn.conf.py /app/
 COPY inference_api /app/inference_api
-RUN python -m compileall -q --invalidation-mode checked-hash /app
+RUN python -m compileall -q --invalidation-mode checked-hash /app/inference_api
 
 FROM python:3.11-slim
 LABEL org.opencontainers.image.title="Inference API" \
