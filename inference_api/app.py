@@ -12,7 +12,7 @@ from typing import Any
 import falcon
 
 from inference_api import errors
-from inference_api.batching import Batcher, Direct
+from inference_api.batching import Batcher, Direct, Gathering
 from inference_api.config import THREADS_BY_MODEL, Settings, read_settings
 from inference_api.docs import add_docs, openapi, require_get
 from inference_api.logs import progress, request_environ
@@ -99,9 +99,8 @@ def _add_metrics(app: App, render: Callable[[], bytes]) -> None:
 def _predictor(settings: Settings, schema: Schema, metrics: Metrics) -> Predictor:
     if _batches(settings, schema):
         predict_batch = schema.model.predict_batch  # type: ignore[attr-defined]
-        return Batcher(
-            predict_batch, schema.call, settings.max_batch_size, observe=partial(metrics.batched, schema.path)
-        )
+        gathering = Gathering(settings.max_batch_size)
+        return Batcher(predict_batch, schema.call, gathering, observe=partial(metrics.batched, schema.path))
     return Direct(schema.call, thread_safe=getattr(schema.model, "thread_safe", True))
 
 

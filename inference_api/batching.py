@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import Any
@@ -15,8 +15,11 @@ MAX_GATHER_SECONDS = 0.002
 """The longest that a batch waits for more inputs."""
 LEAST_TRUST = 0.25
 TRUST_SMOOTHING = 1 / 4
-TRUST_REGAINED = 1 / 64
-"""How soon a wait is tried again after waits that brought nothing: some 16 batches later."""
+DISTRUSTED_TRIES = 16
+"""Of so many batches one waits, where waits have brought too little, to see whether that has changed."""
+
+_NO_LIST = (str, bytes, Mapping, Set)
+"""What has a length, too, but whose items are not outputs, or not in the order of the inputs."""
 
 log = logging.getLogger("inference_api")
 
@@ -42,15 +45,10 @@ class Direct:
 def _predict_one(predict: Callable[[Any], Any], value: Any, index: int) -> Any:
     try:
         return predict(value)
+    except ValueError as exc:  # by contract: the input is unfit, in words for the client
+        raise UnfitInputError(str(exc), index) from exc
     except BaseException as exc:  # a model that calls sys.exit() must not take a thread with it
-        raise _failure(exc, index) from exc
-
-
-def _failure(exc: BaseException, index: int) -> UnfitInputError | InferenceError:
-    """By contract a ValueError says that the input is unfit, in words for the client; all else is the model's fault."""
-    if isinstance(exc, ValueError):
-        return UnfitInputError(str(exc), index)
-    return InferenceError(f"the model raised {type(exc).__name__}")
+        raise InferenceError(f"the model raised {type(exc).__name__}") from exc
 
 
 class Gathering:
@@ -61,33 +59,35 @@ class Gathering:
     there as there are clients, where that has paid before, but never longer than half of what a batch takes.
     """
 
-    def __init__(self, max_batch_size: int) -> None:
-        self._max_batch_size = max_batch_size
+    def __init__(self, max_batch_size: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.max_batch_size = max_batch_size
+        self.clock = clock
         self._clients = 0  # how many inputs were in the model or waiting when the last batch ended
-        self._ended = 0.0
-        self._seconds = 0.0
+        self._ended = self._seconds = 0.0  # of the last batch: when, and how long it took
         self._trust = 1.0  # the share of the awaited inputs that came
+        self._tries = 0
 
-    def plan(self, waiting: int, now: float) -> tuple[int, float]:
+    def plan(self, waiting: int) -> tuple[int, float]:
         """How many inputs to wait for and for how many seconds at most: 0.0 where the batch should begin now."""
-        enough = min(self._max_batch_size, self._clients)
+        enough = min(self.max_batch_size, self._clients)
         longest = min(MAX_GATHER_SECONDS, self._seconds / 2)
-        if waiting >= enough or now - self._ended > longest:
+        if waiting >= enough or self.clock() - self._ended > longest:
             return enough, 0.0
         if self._trust < LEAST_TRUST:
-            self._trust += TRUST_REGAINED
-            return enough, 0.0
+            self._tries += 1
+            if self._tries % DISTRUSTED_TRIES:
+                return enough, 0.0
         return enough, longest
 
     def waited(self, awaited: int, came: int) -> None:
         """A wait for `awaited` more inputs has brought `came`."""
         self._trust += TRUST_SMOOTHING * (min(1.0, came / awaited) - self._trust)
 
-    def ran(self, size: int, waiting: int, seconds: float, now: float) -> None:
-        """A batch of `size` has taken `seconds`, and now there are `waiting` others."""
+    def ran(self, size: int, waiting: int, started: float) -> None:
+        """A batch of `size`, begun when the clock said `started`, has ended, and now there are `waiting` others."""
         self._clients = size + waiting
-        self._seconds = seconds
-        self._ended = now
+        self._ended = self.clock()
+        self._seconds = self._ended - started
 
 
 class _Call:
@@ -110,7 +110,12 @@ class _Call:
     def is_settled(self) -> bool:
         return not self.left or self.failure is not None
 
+    def put(self, index: int, output: Any) -> None:
+        self.outputs[index] = output
+        self.left -= 1
+
     def wait(self) -> None:
+        """Until it is settled or leads."""
         self._woken.acquire()
         if self._next is not None:
             self._next.wake()
@@ -136,24 +141,20 @@ class Batcher:
 
     def __init__(
         self,
-        predict_batch: Callable[[list[Any]], Iterable[Any]],
+        predict_batch: Callable[[list[Any]], Sequence[Any]],
         predict: Callable[[Any], Any],
-        max_batch_size: int,
+        gathering: Gathering,
         observe: Callable[[int], None],
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._predict_batch = predict_batch
         self._predict = predict
-        self._max_batch_size = max_batch_size
+        self._gathering = gathering
         self._observe = observe
-        self._clock = clock
-        self._gathering = Gathering(max_batch_size)
         self._lock = threading.Lock()  # holds for what follows
         self._waiting: deque[tuple[_Call, int]] = deque()  # inputs by their call and their place in it
         self._has_leader = False
         self._enough = 0  # how many inputs the leader waits for; 0 where it does not
-        self._gathered = threading.Lock()
-        self._gathered.acquire()
+        self._gathered = threading.Event()
 
     def predict(self, inputs: Sequence[Any], abandoned: Callable[[], bool]) -> list[Any]:
         """One output for each input, in order; raises UnfitInputError, InferenceError or AbandonedError."""
@@ -166,7 +167,7 @@ class Batcher:
                 self._has_leader = call.is_leader = True
             elif 0 < self._enough <= len(self._waiting):
                 self._enough = 0
-                self._gathered.release()
+                self._gathered.set()
         if not call.is_leader:
             call.wait()
         if call.is_leader:
@@ -176,49 +177,49 @@ class Batcher:
         return call.outputs
 
     def _lead(self, own: _Call) -> None:
-        while not own.is_settled:
-            self._gather()
-            batch, settled = self._take()
-            if batch:
-                started = self._clock()
-                settled += self._run(batch)
-                ended = self._clock()
-                self._gathering.ran(len(batch), len(self._waiting), ended - started, ended)
-            if own.is_settled:
-                self._leave_lead()
-            _Call.wake_all([call for call in settled if call is not own])
+        gathering = self._gathering
+        try:
+            while not own.is_settled:
+                self._gather()
+                batch, gone = self._take()
+                if batch:
+                    started = gathering.clock()
+                    self._run(batch)
+                    gathering.ran(len(batch), len(self._waiting), started)
+                settled = gone + [call for call in dict.fromkeys(call for call, _ in batch) if call.is_settled]
+                _Call.wake_all([call for call in settled if call is not own])
+        finally:
+            self._leave_lead()
 
     def _gather(self) -> None:
         with self._lock:
             before = len(self._waiting)
-            enough, seconds = self._gathering.plan(before, self._clock())
+            enough, seconds = self._gathering.plan(before)
             if not seconds:
                 return
             self._enough = enough
-        if not self._gathered.acquire(timeout=seconds):
-            with self._lock:
-                if self._enough:
-                    self._enough = 0
-                else:  # enough came in the moment in which the time was up
-                    self._gathered.acquire()
-        self._gathering.waited(enough - before, len(self._waiting) - before)
+            self._gathered.clear()
+        self._gathered.wait(seconds)
+        with self._lock:
+            self._enough = 0
+            came = len(self._waiting) - before
+        self._gathering.waited(enough - before, came)
 
     def _take(self) -> tuple[list[tuple[_Call, int]], list[_Call]]:
-        """The next batch, and the calls that are settled because nobody waits for them any more."""
+        """The next batch, and the calls that nobody waits for any more."""
         batch: list[tuple[_Call, int]] = []
-        settled: list[_Call] = []
+        gone: list[_Call] = []
+        last: _Call | None = None
         with self._lock:
-            while self._waiting and len(batch) < self._max_batch_size:
+            while self._waiting and len(batch) < self._gathering.max_batch_size:
                 call, index = self._waiting.popleft()
-                if call.is_settled:
-                    continue
-                if call.abandoned():
+                if call is not last and call.failure is None and call.abandoned():
                     call.failure = AbandonedError()
-                    settled.append(call)
-                else:
+                    gone.append(call)
+                last = call
+                if call.failure is None:  # one input of an array that has failed fails the others
                     batch.append((call, index))
-        # An array may have been given up between two of its inputs.
-        return [(call, index) for call, index in batch if call.failure is None], settled
+        return batch, gone
 
     def _leave_lead(self) -> None:
         with self._lock:
@@ -231,56 +232,33 @@ class Batcher:
             else:
                 self._has_leader = False
 
-    def _run(self, batch: list[tuple[_Call, int]]) -> list[_Call]:
-        """Predict a batch; returns the calls that are settled by it. Never raises."""
-        settled = []
-        for (call, index), output in zip(batch, self._outputs(batch), strict=True):
-            if call.failure is not None:
-                continue
-            if isinstance(output, _Failed):
-                call.failure = output.failure
+    def _run(self, batch: list[tuple[_Call, int]]) -> None:
+        """Predict a batch; where that fails, one by one, so that an answer never depends on who else was there."""
+        self._observe(len(batch))
+        try:
+            outputs = self._predict_batch([call.inputs[index] for call, index in batch])
+            if isinstance(outputs, _NO_LIST) or len(outputs) != len(batch):
+                raise TypeError(f"predict_batch() must return a list of as many outputs as inputs, here {len(batch)}")
+            outputs = list(outputs)
+        except BaseException as exc:  # see _predict_one
+            if isinstance(exc, ValueError):
+                log.info("a batch was refused: its inputs are predicted one by one", extra={"size": len(batch)})
             else:
-                call.outputs[index] = output
-                call.left -= 1
-            if call.is_settled:
-                settled.append(call)
-        return settled
+                log.warning(
+                    "a batch failed: its inputs are predicted one by one", exc_info=exc, extra={"size": len(batch)}
+                )
+            for call, index in batch:
+                self._run_alone(call, index)
+        else:
+            for (call, index), output in zip(batch, outputs, strict=True):
+                call.put(index, output)
 
-    def _outputs(self, batch: list[tuple[_Call, int]]) -> list[Any]:
-        inputs = [call.inputs[index] for call, index in batch]
+    def _run_alone(self, call: _Call, index: int) -> None:
+        if call.failure is not None:
+            return
         try:
-            self._observe(len(inputs))
-            outputs = list(self._predict_batch(inputs))
-            if len(outputs) != len(inputs):
-                raise _WrongNumberError(f"predict_batch() returned {len(outputs)} outputs for {len(inputs)} inputs")
-        except BaseException as exc:
-            if len(batch) == 1:
-                failure = _failure(exc, batch[0][1])
-                failure.__cause__ = exc
-                return [_Failed(failure)]
-            log.warning(
-                "a batch failed, its inputs are predicted one by one", exc_info=exc, extra={"size": len(inputs)}
-            )
-            return [self._alone(call, index) for call, index in batch]
-        return outputs
-
-    def _alone(self, call: _Call, index: int) -> Any:
-        if call.abandoned():
-            return _Failed(AbandonedError())
-        try:
-            return _predict_one(self._predict, call.inputs[index], index)
-        except (UnfitInputError, InferenceError) as exc:
-            return _Failed(exc)
-
-
-class _WrongNumberError(RuntimeError):
-    pass
-
-
-class _Failed:
-    """Stands among outputs for an input that has none."""
-
-    __slots__ = ("failure",)
-
-    def __init__(self, failure: Exception) -> None:
-        self.failure = failure
+            if call.abandoned():
+                raise AbandonedError
+            call.put(index, _predict_one(self._predict, call.inputs[index], index))
+        except Exception as exc:
+            call.failure = exc
