@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 from inference_api.model import AbandonedError, InferenceError, UnfitInputError
 
@@ -24,6 +24,13 @@ _NO_LIST = (str, bytes, Mapping, Set)
 log = logging.getLogger("inference_api")
 
 
+class Caller(Protocol):
+    """The request that a call is made for; the worker's Exchange is one."""
+
+    abandoned: bool  # nobody waits for its answer any more: set by the server
+    is_waiting: bool  # for a batch to begin, and not worth running if its client leaves: for the server
+
+
 class Direct:
     """Calls a model's `predict` for each input; that of a model which is not thread-safe, in one thread at a time."""
 
@@ -31,12 +38,12 @@ class Direct:
         self._predict = predict
         self._lock: AbstractContextManager[Any] = nullcontext() if thread_safe else threading.Lock()
 
-    def predict(self, inputs: Sequence[Any], abandoned: Callable[[], bool]) -> list[Any]:
+    def predict(self, inputs: Sequence[Any], caller: Caller) -> list[Any]:
         """One output for each input, in order; raises UnfitInputError, InferenceError or AbandonedError."""
         outputs = []
         for index, value in enumerate(inputs):
             with self._lock:
-                if abandoned():
+                if caller.abandoned:
                     raise AbandonedError
                 outputs.append(_predict_one(self._predict, value, index))
         return outputs
@@ -93,11 +100,11 @@ class Gathering:
 class _Call:
     """One thread's call: its inputs, and its wait for their outputs."""
 
-    __slots__ = ("_next", "_woken", "abandoned", "failure", "inputs", "is_leader", "left", "outputs")
+    __slots__ = ("_next", "_woken", "caller", "failure", "inputs", "is_leader", "left", "outputs")
 
-    def __init__(self, inputs: Sequence[Any], abandoned: Callable[[], bool]) -> None:
+    def __init__(self, inputs: Sequence[Any], caller: Caller) -> None:
         self.inputs = inputs
-        self.abandoned = abandoned
+        self.caller = caller
         self.outputs: list[Any] = [None] * len(inputs)
         self.left = len(inputs)  # inputs without an output
         self.failure: Exception | None = None
@@ -156,18 +163,20 @@ class Batcher:
         self._enough = 0  # how many inputs the leader waits for; 0 where it does not
         self._gathered = threading.Event()
 
-    def predict(self, inputs: Sequence[Any], abandoned: Callable[[], bool]) -> list[Any]:
+    def predict(self, inputs: Sequence[Any], caller: Caller) -> list[Any]:
         """One output for each input, in order; raises UnfitInputError, InferenceError or AbandonedError."""
         if not inputs:
             return []
-        call = _Call(inputs, abandoned)
+        call = _Call(inputs, caller)
         with self._lock:
             self._waiting.extend([(call, index) for index in range(len(inputs))])
             if not self._has_leader:
                 self._has_leader = call.is_leader = True
-            elif 0 < self._enough <= len(self._waiting):
-                self._enough = 0
-                self._gathered.set()
+            else:
+                caller.is_waiting = True
+                if 0 < self._enough <= len(self._waiting):
+                    self._enough = 0
+                    self._gathered.set()
         if not call.is_leader:
             call.wait()
         if call.is_leader:
@@ -213,9 +222,11 @@ class Batcher:
         with self._lock:
             while self._waiting and len(batch) < self._gathering.max_batch_size:
                 call, index = self._waiting.popleft()
-                if call is not last and call.failure is None and call.abandoned():
-                    call.failure = AbandonedError()
-                    gone.append(call)
+                if call is not last and call.failure is None:
+                    call.caller.is_waiting = False
+                    if call.caller.abandoned:
+                        call.failure = AbandonedError()
+                        gone.append(call)
                 last = call
                 if call.failure is None:  # one input of an array that has failed fails the others
                     batch.append((call, index))
@@ -257,7 +268,7 @@ class Batcher:
         if call.failure is not None:
             return
         try:
-            if call.abandoned():
+            if call.caller.abandoned:
                 raise AbandonedError
             call.put(index, _predict_one(self._predict, call.inputs[index], index))
         except Exception as exc:

@@ -6,20 +6,26 @@ from typing import Any, Protocol
 
 import falcon
 
+from inference_api.batching import Caller
 from inference_api.schema import Schema
 
 UNAUTHORIZED = "A valid key is needed: Authorization: Bearer …, or X-API-Key."
 NOT_JSON_TYPE = "The content type must be application/json."
 
 
-def _never() -> bool:
-    return False
+class _Caller:
+    """Stands for a request under servers that do not tell whether anybody still waits for it."""
+
+    abandoned = is_waiting = False
+
+
+_CALLER = _Caller()
 
 
 class Predictor(Protocol):
     """What turns a request's inputs into as many outputs, in order; see batching.py."""
 
-    def predict(self, inputs: Sequence[Any], abandoned: Callable[[], bool]) -> list[Any]:
+    def predict(self, inputs: Sequence[Any], caller: Caller) -> list[Any]:
         """Raises UnfitInputError, InferenceError or AbandonedError."""
 
 
@@ -79,7 +85,7 @@ class Prediction:
         if is_array:
             req.context["is_array"] = True
         echoes = schema.encode_inputs(inputs)
-        outputs = self._predictor.predict(inputs, environ.get("inference_api.abandoned", _never))
+        outputs = self._predictor.predict(inputs, environ.get("inference_api.caller", _CALLER))
         resp.data = schema.encode_answer(echoes, outputs, is_array)
         self._predicted(schema.path, len(inputs))
 

@@ -352,9 +352,9 @@ class Loop:
             self._refuse(connection, 400, "The request is not complete.")
         elif phase in (Phase.IDLE, Phase.READING, Phase.LINGERING):
             self._close(connection)
-        elif phase is Phase.RUNNING and exchange is not None and not exchange.started and not exchange.is_get:
-            is_about_to_run = self._handed - self._dead <= self._pool.size
-            if not is_about_to_run:  # it waits for a thread, and is not run for nobody, as in nginx
+        elif phase is Phase.RUNNING and exchange is not None and not exchange.is_get:
+            is_about_to_run = exchange.started or self._handed - self._dead <= self._pool.size
+            if exchange.is_waiting or not is_about_to_run:  # what waits is not run for nobody, as in nginx
                 self._lost(connection)
 
     # Answering.

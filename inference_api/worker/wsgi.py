@@ -81,6 +81,7 @@ class Exchange:
         "is_done",
         "is_get",
         "is_http11",
+        "is_waiting",
         "keep_alive",
         "method",
         "model",
@@ -103,6 +104,7 @@ class Exchange:
         self.is_http11 = is_http11
         self.is_get = False  # GET and HEAD: run by a thread of their own
         self.is_dead = False  # abandoned while it waits: nobody will run it
+        self.is_waiting = False  # started, but its model not called yet: see batching.py
         self.keep_alive = True
         self.abandoned = False
         self.is_begun = False  # a piece of the answer has been handed to the I/O thread
@@ -114,10 +116,7 @@ class Exchange:
         self.room: threading.Event | None = None
         environ["wsgi.input"] = io.BytesIO(body)
         environ["inference_api.request_id"] = self.request_id
-        environ["inference_api.abandoned"] = self.is_abandoned
-
-    def is_abandoned(self) -> bool:
-        return self.abandoned
+        environ["inference_api.caller"] = self
 
 
 class DateFields:

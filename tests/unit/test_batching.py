@@ -104,12 +104,24 @@ class Poisoned:
         return -value
 
 
-def never() -> bool:
-    return False
+class Asked:
+    """A request that is abandoned once its turn has been looked at as often as `answers` says."""
+
+    def __init__(self, *answers: bool) -> None:
+        self._answers = list(answers)
+        self.is_waiting = False
+
+    @property
+    def abandoned(self) -> bool:
+        return self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
+
+    @abandoned.setter
+    def abandoned(self, value: bool) -> None:
+        self._answers = [value]
 
 
-def always() -> bool:
-    return True
+never = Asked(False)
+always = Asked(True)
 
 
 def batcher_of(
@@ -438,11 +450,11 @@ def test_an_abandoned_call_is_not_put_into_a_batch(threads: ThreadPoolExecutor) 
     """Its client has gone, or its deadline has passed, while it waited: the model never sees it."""
     model = Gated()
     batcher = batcher_of(model, Planned(64, [1, 3]))
-    is_gone = threading.Event()
+    gone = Asked(False)
     first = threads.submit(batcher.predict, [0], never)
     model.wait_until_entered()
-    abandoned = threads.submit(batcher.predict, [7, 8], is_gone.is_set)
-    is_gone.set()
+    abandoned = threads.submit(batcher.predict, [7, 8], gone)
+    gone.abandoned = True
     other = threads.submit(batcher.predict, [1], never)
     model.let_go.release(2)
     assert first.result(LIMIT_SECONDS) == [0]
@@ -462,21 +474,37 @@ def test_an_abandoned_leader_leaves_the_lead(threads: ThreadPoolExecutor) -> Non
     assert batcher.predict([2], never) == [-2]
 
 
+def test_a_request_is_waiting_until_its_batch_begins(threads: ThreadPoolExecutor) -> None:
+    """Its server may give it up until then; afterwards its client may have closed its half only, and is answered."""
+    model = Gated()
+    batcher = batcher_of(model, Planned(64, [1, 1]))
+    leads, waits = Asked(False), Asked(False)
+    first = threads.submit(batcher.predict, [1], leads)
+    model.wait_until_entered()
+    second = threads.submit(batcher.predict, [2, 3], waits)
+    model.let_go.release()
+    assert first.result(LIMIT_SECONDS) == [-1]
+    model.wait_until_entered()
+    assert not leads.is_waiting and not waits.is_waiting
+    model.let_go.release()
+    assert second.result(LIMIT_SECONDS) == [-2, -3]
+
+
 def test_an_array_abandoned_between_its_batches_is_not_finished() -> None:
     """What has been predicted is thrown away, the rest is not predicted."""
     model = Poisoned()
-    answers = iter([False, True])
+    answers = Asked(False, True)
     with pytest.raises(AbandonedError):
-        batcher_of(model, Planned(2)).predict(range(6), lambda: next(answers))
+        batcher_of(model, Planned(2)).predict(range(6), answers)
     assert model.sizes == [2]
 
 
 def test_an_abandoned_call_is_not_predicted_alone_either() -> None:
     """Its batch has failed, and nobody waits for it any more."""
     model = Poisoned()
-    answers = iter([False, False, True])
+    answers = Asked(False, False, True)
     with pytest.raises(AbandonedError):
-        batcher_of(model, Planned(3)).predict([1, 2, Poison(RuntimeError)], lambda: next(answers))
+        batcher_of(model, Planned(3)).predict([1, 2, Poison(RuntimeError)], answers)
     assert model.alone == [1]
 
 
@@ -604,9 +632,9 @@ def test_direct_tells_unfit_inputs_from_failures(
 def test_direct_stops_between_inputs_when_nobody_waits() -> None:
     """The rest of an array is not predicted for a client that has left."""
     model = Poisoned()
-    answers = iter([False, False, True])
+    answers = Asked(False, False, True)
     with pytest.raises(AbandonedError):
-        Direct(model.predict).predict([1, 2, 3, 4], lambda: next(answers))
+        Direct(model.predict).predict([1, 2, 3, 4], answers)
     assert model.alone == [1, 2]
 
 
@@ -637,9 +665,9 @@ def test_direct_asks_whether_anybody_waits_only_when_it_is_its_turn(threads: Thr
     direct = Direct(lambda value: model.predict_batch([value])[0], thread_safe=False)
     first = threads.submit(direct.predict, [1], never)
     model.wait_until_entered()
-    is_gone = threading.Event()
-    second = threads.submit(direct.predict, [2], is_gone.is_set)
-    is_gone.set()
+    gone = Asked(False)
+    second = threads.submit(direct.predict, [2], gone)
+    gone.abandoned = True
     model.let_go.release(2)
     assert first.result(LIMIT_SECONDS) == [-1]
     with pytest.raises(AbandonedError):
