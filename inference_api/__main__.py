@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -53,6 +54,7 @@ def main() -> None:
         os.environ.pop("WEB_CONCURRENCY", None)  # Gunicorn reads it when it is imported, and takes no empty one
     from gunicorn.app.wsgiapp import WSGIApplication
 
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the models are loaded: no traceback
     sys.argv[1:] = ["--config", str(GUNICORN_CONFIG)]
     WSGIApplication("%(prog)s [OPTIONS]", prog="inference_api").run()
 

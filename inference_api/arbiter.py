@@ -30,7 +30,10 @@ class Hooks:
         self.settings = settings
 
     def on_starting(self, arbiter: Any) -> None:
-        log.info("starting", extra={"version": __version__, **self.settings.effective()})
+        effective = {"version": __version__, **self.settings.effective()}
+        if isinstance(service := arbiter.app.callable, Service):
+            effective["THREADS"] = service.threads
+        log.info("starting", extra=effective)
         if self.settings.preload:
             _require_one_thread()
         if arbiter.cfg.is_ssl:  # before Gunicorn looks for the files

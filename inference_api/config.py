@@ -217,6 +217,8 @@ class Settings:
             value = getattr(self, setting.name)
             if setting.metadata["secret"]:
                 value = MASK if value else ""
+            elif value == THREADS_BY_MODEL and setting.name == "threads":
+                value = ""
             elif setting.name == "models":
                 value = ",".join(str(spec) for spec in value)
             shown[setting.name.upper()] = value
