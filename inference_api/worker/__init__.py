@@ -81,7 +81,8 @@ class Worker(BaseWorker):  # type: ignore[misc]
             heartbeat=self._heartbeat,
             is_shutdown=lambda: bool(self.shutdown_flag[0]),
         )
-        if not self.alive:
+        # A SIGTERM that came between the fork and init_signals() was taken by the handlers of the master.
+        if not self.alive or self.shutdown_flag[0]:
             self.loop.request_stop()
         self.loop.run()
 
