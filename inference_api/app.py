@@ -173,6 +173,7 @@ def _or_exit() -> Iterator[None]:
         is_ours = isinstance(exc, ModelError)
         log.critical("cannot start: %s", exc, exc_info=None if is_ours else exc)
         print(f"inference_api: {exc}", file=sys.stderr, flush=True)  # noqa: T201 - for whoever starts it by hand
+        logging.shutdown()  # os._exit() would not let the last line out
         os._exit(APP_LOAD_ERROR)
 
 

@@ -230,6 +230,11 @@ class _Handler(logging.Handler):
         except Exception:
             self.handleError(record)
 
+    def close(self) -> None:
+        """Called by `logging.shutdown()`."""
+        self.writer.close()
+        super().close()
+
 
 class Logger(glogging.Logger):  # type: ignore[misc]
     """Gunicorn's logger class: sends every line of the process through one LineWriter.
