@@ -22,10 +22,10 @@ SWITCHES = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false
 MAX_WORKERS = 64
 MAX_THREADS = 1024
 MAX_SECONDS = 86_400.0
-MIN_API_KEY_CHARACTERS = 8
 MASK = "***"
 
 _PATH = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_API_KEY = re.compile(r"[\x21-\x7e]{8,512}")
 _DOTTED_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
 
@@ -33,13 +33,16 @@ class SettingsError(RuntimeError):
     """A variable has a value that is not allowed; the message names the variable, the value and what is allowed."""
 
 
-def available_cpus() -> int:
+def available_cpus(affinity: int | None = None, cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     """How many CPUs this container may use: the scheduler affinity, cut by the cgroup's quota (v1 or v2)."""
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(affinity, math.ceil(_cgroup_quota_cpus(Path("/sys/fs/cgroup")))))
+    if affinity is None:
+        affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(affinity, math.ceil(quota_cpus(cgroup))))
 
 
-def _cgroup_quota_cpus(root: Path) -> float:
+def quota_cpus(root: Path) -> float:
+    """The CPUs that the cgroup mounted at `root` may use; MAX_WORKERS where it sets no bound."""
+
     def read(name: str) -> list[str]:
         try:
             return (root / name).read_text().split()
@@ -120,14 +123,14 @@ def _models(text: str) -> tuple[ModelSpec, ...]:
 
 
 def _api_keys(text: str) -> tuple[bytes, ...]:
-    keys = tuple(key.strip().encode() for key in text.split(",") if key.strip())
-    if any(not re.fullmatch(rb"[\x21-\x7e]{%d,512}" % MIN_API_KEY_CHARACTERS, key) for key in keys):
-        raise ValueError(f"keys of {MIN_API_KEY_CHARACTERS} to 512 printable ASCII characters, separated by commas")
-    return keys
+    keys = [key.strip() for key in text.split(",") if key.strip()]
+    if not all(_API_KEY.fullmatch(key) for key in keys):
+        raise ValueError("keys of 8 to 512 printable ASCII characters, separated by commas")
+    return tuple(key.encode() for key in keys)
 
 
 def _setting(default: str, parse: Callable[[str], Any], meaning: str, *, secret: bool = False) -> Any:
-    return field(metadata={"default": default, "parse": parse, "meaning": meaning, "secret": secret})
+    return field(repr=not secret, metadata={"default": default, "parse": parse, "meaning": meaning, "secret": secret})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
