@@ -3,12 +3,11 @@
 import inspect
 import math
 import re
-import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import is_dataclass
 from operator import attrgetter
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import msgspec
 
@@ -16,10 +15,14 @@ from inference_api.model import InferenceError, Model, ModelError, ModelSpec
 
 MAX_INPUTS = 1000
 """The most inputs in one request's array."""
+MAX_NESTING = 200
+"""The most levels of arrays and objects in a request, where the model's types set no bound themselves.
 
-_LOCATION = re.compile(r"(?P<what>.*?)(?: - at `(?:key` in `)?\$(?P<path>[^`]*)`)?", re.DOTALL)
-_STEP = re.compile(r"\.(?P<name>\w+)|\[(?P<index>\d+)\]")
-_SAFE_MESSAGE = re.compile(r"(Expected |Object missing required field )")
+What can be decoded must leave room on the stack for the model, and for encoding what it makes of it.
+"""
+
+_STEP = re.compile(r"\.([^.\[`]+)|\[([0-9]+)\]")
+_SAFE_MESSAGES = ("Expected ", "Object missing required field ", "Number out of range")  # others may quote the client
 
 
 class MalformedError(Exception):
@@ -46,19 +49,19 @@ class Schema:
         self.path = f"/{spec.path}"
         self.model = model
         try:
-            parameters, returned = _signature(model)
-            stem = "".join(part.capitalize() for part in re.split(r"[_-]+", spec.path))
-            self.input_type: Any = msgspec.defstruct(f"{stem}Input", parameters, forbid_unknown_fields=True)
+            parameters, returned, self._is_bounded = _signature(model)
+            self.input_type: Any = msgspec.defstruct(f"{spec.path}_input", parameters, forbid_unknown_fields=True)
             self.names = tuple(name for name, *_ in parameters)
             echoed = parameters[0][1] if len(parameters) == 1 else self.input_type
-            output_type: Any = msgspec.defstruct(f"{stem}Output", [("input", echoed), ("prediction", returned)])
+            output_type: Any = msgspec.defstruct(f"{spec.path}_output", [("input", echoed), ("prediction", returned)])
             self.request_type = _one_or_many(self.input_type)
             self.answer_type = _one_or_many(output_type)
             self._decode = msgspec.json.Decoder(self.request_type).decode
             self._check_prediction = msgspec.json.Decoder(returned).decode
             msgspec.json.schema_components([self.request_type, self.answer_type])  # refuses what no document could say
-        except (TypeError, ValueError, NameError) as exc:
-            raise ModelError(f"MODELS: {spec}: the signature of predict() cannot be a schema: {exc}") from exc
+        except Exception as exc:  # annotations are anybody's code
+            why = " ".join(str(exc).split())
+            raise ModelError(f"MODELS: {spec}: the signature of predict() cannot be a schema: {why}") from exc
         self._encode = msgspec.json.Encoder().encode
         self._value: Callable[[Any], Any] = attrgetter(self.names[0]) if len(self.names) == 1 else self._as_dict
         self.call: Callable[[Any], Any] = model.predict if len(self.names) == 1 else self._call_by_name
@@ -77,10 +80,12 @@ class Schema:
         try:
             request = self._decode(body)
         except msgspec.ValidationError as exc:
-            _require_json(body)
-            raise self._shape_error(str(exc)) from exc
+            # A typed decode stops at the first wrong shape; what follows may not be JSON at all.
+            raise self._shape_error(str(exc), _json(body)) from exc
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
             raise MalformedError from exc
+        if not self._is_bounded:
+            _check_nesting(body)
         if isinstance(request, list):
             return [self._value(fields) for fields in request], True
         return [self._value(request)], False
@@ -108,17 +113,22 @@ class Schema:
             raise InferenceError(f"{self.model.name}: the output holds NaN or Infinity, which JSON has not")
         return encoded
 
-    def _shape_error(self, message: str) -> ShapeError:
-        match = _LOCATION.fullmatch(message)
-        what, path = (match["what"], match["path"] or "") if match else ("", "")
+    def _shape_error(self, message: str, request: Any) -> ShapeError:
+        """From msgspec's words and the request as plain JSON; the client's own words are left out of it."""
+        what, _, place = message.rpartition(" - at `") if message.endswith("`") else ("", "", "")
         pointer = ""
-        for step in _STEP.finditer(path.partition("[...]")[0]):
-            pointer += f"/{step['name'] or step['index']}"
+        for name, index in _STEP.findall(place.partition("$")[2].partition("[...]")[0]):
+            try:
+                request = request[name or int(index)]
+            except (LookupError, TypeError):  # the name of an unknown field may read like a place
+                break
+            pointer += "/" + (name.replace("~", "~0").replace("/", "~1") or index)
+        what = what or message
         if what.startswith("Object contains unknown field"):
             what = "Object contains an unknown field"
-            if re.fullmatch(r"(/\d+)?", pointer):
+            if re.fullmatch(r"(/[0-9]+)?", pointer):
                 what += "; known: " + ", ".join(f"`{name}`" for name in self.names)
-        elif not _SAFE_MESSAGE.match(what):  # other messages may quote what the client sent
+        elif not what.startswith(_SAFE_MESSAGES):
             what = "Invalid value"
         return ShapeError(pointer, what)
 
@@ -127,66 +137,105 @@ def _one_or_many(struct: Any) -> Any:
     return struct | Annotated[list[struct], msgspec.Meta(max_length=MAX_INPUTS)]
 
 
-def _require_json(body: bytes) -> None:
-    # A typed decode stops at the first wrong shape; what follows may not be JSON at all.
+def _json(body: bytes) -> Any:
     try:
-        msgspec.json.decode(body)
+        return msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise MalformedError from exc
 
 
+def _check_nesting(body: bytes) -> None:
+    if body.count(b"[") + body.count(b"{") <= MAX_NESTING:
+        return
+    level = [_json(body)]
+    for _ in range(MAX_NESTING + 1):
+        level = [inner for value in level for inner in _contents(value)]
+    if level:
+        raise MalformedError
+
+
 def _is_finite(value: Any) -> bool:
-    if isinstance(value, float):
-        return math.isfinite(value)
-    if isinstance(value, dict):
-        return all(_is_finite(item) for item in value.values())
-    if isinstance(value, list | tuple | set | frozenset):
-        return all(_is_finite(item) for item in value)
+    values = [value]
+    while values:
+        value = values.pop()
+        if isinstance(value, float) and not math.isfinite(value):
+            return False
+        values.extend(_contents(value))
     return True
 
 
-def _signature(model: Model) -> tuple[list[tuple[Any, ...]], Any]:
+def _contents(value: Any) -> Collection[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list | tuple | set | frozenset) else ()
+
+
+def _signature(model: Model) -> tuple[list[tuple[Any, ...]], Any, bool]:
+    """The fields for the parameters, the type returned, and whether the parameters' types bound their nesting."""
+    if inspect.iscoroutinefunction(model.predict):
+        raise TypeError("it must not be async")
     hints = typing.get_type_hints(model.predict, include_extras=True)
-    parameters: list[tuple[Any, ...]] = []
-    for parameter in inspect.signature(model.predict).parameters.values():
+    signature = inspect.signature(model.predict)
+    fields: list[tuple[Any, ...]] = []
+    is_bounded = True
+    for name, parameter in signature.parameters.items():
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-            raise TypeError(f"parameter {parameter.name} must be one that can be given by name")
-        if parameter.name not in hints:
-            raise TypeError(f"parameter {parameter.name} has no annotation")
-        hint = hints[parameter.name]
-        _check_metadata(parameter.name, hint, is_input=True)
+            raise TypeError(f"parameter {name} must be one that can be given by name")
+        if parameter.kind == parameter.KEYWORD_ONLY and len(signature.parameters) == 1:
+            raise TypeError(f"parameter {name}, being the only one, must be one that can be given by position")
+        if name not in hints:
+            raise TypeError(f"parameter {name} has no annotation")
+        is_bounded &= _check(name, hints[name], is_input=True)
         if parameter.default is parameter.empty:
-            parameters.append((parameter.name, hint))
+            fields.append((name, hints[name]))
         else:
-            msgspec.json.decode(msgspec.json.encode(parameter.default), type=hint)
-            parameters.append((parameter.name, hint, parameter.default))
-    if not parameters:
+            msgspec.json.decode(msgspec.json.encode(parameter.default), type=hints[name])
+            fields.append((name, hints[name], parameter.default))
+    if not fields:
         raise TypeError("it has no parameter")
     if "return" not in hints:
         raise TypeError("it has no return annotation")
-    _check_metadata("return", hints["return"], is_input=False)
+    _check("return", hints["return"], is_input=False)
     # Fields with default values may stand before those without in a keyword-only signature, not in a Struct.
-    return sorted(parameters, key=len), hints["return"]
+    return sorted(fields, key=len), hints["return"], is_bounded
 
 
-def _check_metadata(name: str, hint: Any, *, is_input: bool) -> None:
-    """Refuse, at every depth, what msgspec would ignore without a word."""
+def _check(name: str, hint: Any, *, is_input: bool, outer: tuple[Any, ...] = ()) -> bool:
+    """Refuse, at every depth, what msgspec would ignore without a word; False where values can nest without bound."""
+    hint = getattr(hint, "__supertype__", hint)  # of a NewType
     if get_origin(hint) is Annotated:
         hint, *metadata = get_args(hint)
         for item in metadata:
             if not isinstance(item, msgspec.Meta):
                 raise TypeError(f"{name}: {item!r} would be ignored; constraints are msgspec.Meta(...)")
-    if is_input and (is_dataclass(hint) or typing.is_typeddict(hint)):
+    if hint in outer:
+        return False
+    cls = get_origin(hint) or hint
+    if cls is Literal:
+        return True
+    if cls is Any or isinstance(cls, TypeVar):
+        return False
+    fields: dict[str, Any] = {}
+    if isinstance(cls, type):
+        if is_input:
+            _check_input_class(name, cls)
+        fields = typing.get_type_hints(cls, include_extras=True)
+    inner = [(f"{name}.{field}", field_hint) for field, field_hint in fields.items()]
+    inner += [(name, argument) for argument in get_args(hint)]
+    if not inner and isinstance(cls, type) and issubclass(cls, Collection):
+        return issubclass(cls, str | bytes | bytearray | memoryview)
+    is_bounded = True
+    for inner_name, inner_hint in inner:
+        is_bounded &= _check(inner_name, inner_hint, is_input=is_input, outer=(*outer, hint))
+    return is_bounded
+
+
+def _check_input_class(name: str, cls: type) -> None:
+    if cls is msgspec.Raw:
+        raise TypeError(f"{name}: msgspec.Raw would not be checked to be JSON; use Any")
+    if is_dataclass(cls) or typing.is_typeddict(cls) or hasattr(cls, "__attrs_attrs__"):
         raise TypeError(
-            f"{name}: {hint.__name__} would ignore unknown fields; use a msgspec.Struct with forbid_unknown_fields=True"
+            f"{name}: {cls.__name__} would ignore unknown fields; use a msgspec.Struct with forbid_unknown_fields=True"
         )
-    if isinstance(hint, type) and issubclass(hint, msgspec.Struct):
-        if is_input and not hint.__struct_config__.forbid_unknown_fields:
-            raise TypeError(f"{name}: {hint.__name__} needs forbid_unknown_fields=True")
-        for inner_name, inner in typing.get_type_hints(hint, include_extras=True).items():
-            if inner is not hint:
-                _check_metadata(f"{name}.{inner_name}", inner, is_input=is_input)
-    if isinstance(hint, types.GenericAlias | types.UnionType) or get_origin(hint) not in (None, typing.Literal):
-        for inner in get_args(hint):
-            if inner is not Ellipsis:
-                _check_metadata(name, inner, is_input=is_input)
+    if issubclass(cls, msgspec.Struct) and not cls.__struct_config__.forbid_unknown_fields:
+        raise TypeError(f"{name}: {cls.__name__} needs forbid_unknown_fields=True")
