@@ -1,6 +1,7 @@
 """What clients read: the OpenAPI document of exactly what is served, and Swagger UI from local files."""
 
 import importlib.util
+import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
@@ -48,18 +49,28 @@ _START_SCRIPT = b"""window.ui = SwaggerUIBundle({
 """
 
 _PROBLEMS = {
-    400: "Not JSON, or not a valid request.",
-    401: "The key is missing or wrong.",
-    413: "The body is too large.",
-    415: "The content type is not application/json.",
-    422: "The body does not fit the schema; `errors` says where.",
-    500: "The model failed.",
-    503: "Overloaded or starting; try again after `Retry-After`.",
-    504: "The answer took too long.",
+    "400": "Not JSON, or not a valid request.",
+    "401": "The key is missing or wrong.",
+    "413": "The body is too large.",
+    "415": "The content type is not application/json.",
+    "422": "The body does not fit the schema; `errors` says where.",
+    "500": "The model failed.",
+    "503": "Overloaded or starting; try again after `Retry-After`.",
+    "504": "The answer took too long.",
+    "default": "Any other error.",
+}
+_SECURITY_SCHEMES = {
+    "bearer": {"type": "http", "scheme": "bearer"},
+    "api_key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+}
+_TEXT = {"type": "string"}
+_HEADERS = {
+    "X-Model": {"description": "The model's name and version.", "schema": _TEXT},
+    "X-Request-ID": {"description": "The request's id.", "schema": _TEXT},
 }
 
 
-class _FieldError(msgspec.Struct):
+class FieldError(msgspec.Struct):
     pointer: str
     detail: str
 
@@ -72,7 +83,7 @@ class Problem(msgspec.Struct):
     status: int
     detail: str
     request_id: str
-    errors: list[_FieldError] | msgspec.UnsetType = msgspec.UNSET
+    errors: list[FieldError] | msgspec.UnsetType = msgspec.UNSET
 
 
 class Status(msgspec.Struct):
@@ -81,10 +92,8 @@ class Status(msgspec.Struct):
     status: str
 
 
-def openapi(
-    schemas: Sequence[Schema], *, with_keys: bool, with_metrics: bool, with_docs: bool = True
-) -> dict[str, Any]:
-    """The OpenAPI 3.1 document of the service."""
+def openapi(schemas: Sequence[Schema], *, with_keys: bool, with_metrics: bool) -> dict[str, Any]:
+    """The OpenAPI 3.1 document of the service; raises ModelError where there is none."""
     types = [Problem, Status, *(t for schema in schemas for t in (schema.request_type, schema.answer_type))]
     try:
         (problem, status, *model_types), components = msgspec.json.schema_components(
@@ -92,79 +101,76 @@ def openapi(
         )
     except (TypeError, ValueError) as exc:
         raise ModelError(f"MODELS: no OpenAPI document can be made: {exc}") from exc
-    problem_content = {problems.MEDIA_TYPE: {"schema": problem}}
-
-    def problem_answers(*codes: int) -> dict[str, Any]:
-        answers = {str(code): {"description": _PROBLEMS[code], "content": problem_content} for code in codes}
-        return answers | {"default": {"description": "Any other error.", "content": problem_content}}
-
-    def get(operation: str, summary: str, media_type: str, schema: Any, **more: Any) -> dict[str, Any]:
-        answer = {"description": summary, "content": {media_type: {"schema": schema}}}
-        method = {"summary": summary, "responses": {"200": answer, **more, **problem_answers()}}
-        bodiless = {code: {"description": more[code]["description"]} for code in more}
-        head = {"summary": summary, "responses": {"200": {"description": summary}, **bodiless, **problem_answers()}}
-        return {"get": {"operationId": operation, **method}, "head": {"operationId": f"{operation}_head", **head}}
-
-    unhealthy = {"description": "starting, draining or stuck", "content": {"application/json": {"schema": status}}}
-    text = {"type": "string"}
-    paths: dict[str, Any] = {
-        "/health": get("health", "Ready for requests.", "application/json", status, **{"503": unhealthy}),
-        "/health/live": get("live", "The process works.", "application/json", status),
+    paths = {
+        "/health": _get("health", "Ready for requests.", "application/json", status),
+        "/health/live": _get("live", "The process works.", "application/json", status),
     }
-    codes = [400, 401, 413, 415, 422, 500, 503, 504]
-    if not with_keys:
-        codes.remove(401)
+    unhealthy = "Starting, draining or stuck."
+    paths["/health"]["get"]["responses"]["503"] = _content(unhealthy, "application/json", status)
+    paths["/health"]["head"]["responses"]["503"] = {"description": unhealthy}
     for schema, request, answer in zip(schemas, model_types[::2], model_types[1::2], strict=True):
-        body: dict[str, Any] = {"schema": request}
-        if (example := _example(schema)) is not None:
-            body["example"] = example
-        operation: dict[str, Any] = {
-            "operationId": schema.path[1:],
-            "summary": f"{schema.model.name} {schema.model.version}",
-            "requestBody": {"required": True, "content": {"application/json": body}},
-            "responses": {
-                "200": {
-                    "description": "The prediction, or an array of them in the order of the inputs.",
-                    "headers": {
-                        "X-Model": {"description": "The model's name and version.", "schema": text},
-                        "X-Request-ID": {"description": "The request's id.", "schema": text},
-                    },
-                    "content": {"application/json": {"schema": answer}},
-                },
-                **problem_answers(*codes),
-            },
-        }
-        if description := type(schema.model).__doc__:
-            operation["description"] = description
-        if with_keys:
-            operation["security"] = [{"bearer": []}, {"api_key": []}]
-        paths[schema.path] = {"post": operation}
+        paths[schema.path] = {"post": _post(schema, request, answer, with_keys)}
     if with_metrics:
-        paths["/metrics"] = get("metrics", "Metrics for Prometheus.", "text/plain", text)
-    if with_docs:
-        paths["/openapi.json"] = get("openapi", "This document.", "application/json", {"type": "object"})
-        paths["/docs"] = get("docs", "This document as a page.", "text/html", text)
-    document: dict[str, Any] = {
+        paths["/metrics"] = _get("metrics", "Metrics for Prometheus.", "text/plain", _TEXT)
+    paths["/openapi.json"] = _get("openapi", "This document.", "application/json", {"type": "object"})
+    paths["/docs"] = _get("docs", "This document as a page.", "text/html", _TEXT)
+    answers = {code: _content(words, problems.MEDIA_TYPE, problem) for code, words in _PROBLEMS.items()}
+    return {
         "openapi": "3.1.0",
         "info": {"title": "Inference API", "version": __version__},
         "paths": paths,
-        "components": {"schemas": components},
+        "components": {
+            "schemas": components,
+            "responses": answers,
+            "securitySchemes": _SECURITY_SCHEMES if with_keys else {},
+        },
+    }
+
+
+def _content(description: str, media_type: str, schema: Any) -> dict[str, Any]:
+    return {"description": description, "content": {media_type: {"schema": schema}}}
+
+
+def _problems(*codes: str) -> dict[str, Any]:
+    return {code: {"$ref": f"#/components/responses/{code}"} for code in (*codes, "default")}
+
+
+def _get(operation: str, summary: str, media_type: str, schema: Any) -> dict[str, Any]:
+    def method(name: str, answer: dict[str, Any]) -> dict[str, Any]:
+        return {"operationId": name, "summary": summary, "responses": {"200": answer, **_problems()}}
+
+    return {
+        "get": method(operation, _content(summary, media_type, schema)),
+        "head": method(f"{operation}_head", {"description": summary}),
+    }
+
+
+def _post(schema: Schema, request: Any, answer: Any, with_keys: bool) -> dict[str, Any]:
+    body: dict[str, Any] = {"schema": request}
+    if example := _example(schema):
+        body["example"] = example
+    success = _content("The prediction, or an array of them in the order of the inputs.", "application/json", answer)
+    codes = [code for code in _PROBLEMS if code != "401" or with_keys]
+    operation: dict[str, Any] = {
+        "operationId": schema.path[1:],
+        "summary": f"{schema.model.name} {schema.model.version}",
+        "description": inspect.getdoc(type(schema.model)) or "",
+        "requestBody": {"required": True, "content": {"application/json": body}},
+        "responses": {"200": success | {"headers": _HEADERS}, **_problems(*codes)},
     }
     if with_keys:
-        document["components"]["securitySchemes"] = {
-            "bearer": {"type": "http", "scheme": "bearer"},
-            "api_key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
-        }
-    return document
+        operation["security"] = [{name: []} for name in _SECURITY_SCHEMES]
+    return operation
 
 
-def _example(schema: Schema) -> dict[str, Any] | None:
-    example: dict[str, Any] = {}
+def _example(schema: Schema) -> dict[str, Any]:
+    """An input made of the examples in the parameters' Meta; empty where one has none."""
+    example = {}
     for name, hint in schema.input_type.__annotations__.items():
-        metas = [meta for meta in get_args(hint)[1:] if get_origin(hint) is Annotated and meta.examples]
-        if not metas:
-            return None
-        example[name] = metas[0].examples[0]
+        metas = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
+        if not (examples := [meta.examples[0] for meta in metas if meta.examples]):
+            return {}
+        example[name] = examples[0]
     return example
 
 

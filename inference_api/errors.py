@@ -13,10 +13,13 @@ log = logging.getLogger("inference_api")
 
 NOT_JSON = "The body is not JSON text in UTF-8."
 NOT_FIT = "The body does not fit the schema."
+REFUSED = "The model refused the input."
 FAILED = "The model failed."
 INTERNAL = "The service failed."
 ABANDONED = "The request was given up before the model was called."
 RETRY_AFTER_SECONDS = 1
+MAX_MESSAGE_CHARACTERS = 1000
+"""How much of a model's words about an unfit input the client gets."""
 
 # Details of our own, so that none quotes what the client sent.
 _DETAILS = {
@@ -69,7 +72,9 @@ def _shape(req: falcon.Request, resp: falcon.Response, exc: ShapeError, _params:
 
 def _unfit(req: falcon.Request, resp: falcon.Response, exc: UnfitInputError, _params: Any) -> None:
     pointer = f"/{exc.index}" if req.context.get("is_array") else ""
-    answer(req, resp, 422, "The model refused the input.", [{"pointer": pointer, "detail": str(exc)}])
+    # The words are the model's own, but what is not text in UTF-8 could not be sent.
+    words = str(exc)[:MAX_MESSAGE_CHARACTERS].encode(errors="replace").decode()
+    answer(req, resp, 422, REFUSED, [{"pointer": pointer, "detail": words or REFUSED}])
 
 
 def _inference(req: falcon.Request, resp: falcon.Response, exc: InferenceError, _params: Any) -> None:
@@ -87,14 +92,9 @@ def _unexpected(req: falcon.Request, resp: falcon.Response, exc: Exception, _par
     answer(req, resp, 500, INTERNAL)
 
 
-def _status(req: falcon.Request, resp: falcon.Response, exc: falcon.HTTPStatus, _params: Any) -> None:
-    answer(req, resp, exc.status_code, problems.title(exc.status_code))
-
-
 def add_error_handlers(app: "falcon.App[Any, Any]") -> None:
     """Give every exception that can leave a resource its answer."""
     app.add_error_handler(Exception, _unexpected)
-    app.add_error_handler(falcon.HTTPStatus, _status)
     app.add_error_handler(falcon.HTTPError, _http_error)
     app.add_error_handler(MalformedError, _malformed)
     app.add_error_handler(ShapeError, _shape)

@@ -11,6 +11,7 @@ from inference_api.schema import Schema
 
 UNAUTHORIZED = "A valid key is needed: Authorization: Bearer …, or X-API-Key."
 NOT_JSON_TYPE = "The content type must be application/json."
+MAX_LENGTH_DIGITS = 18
 
 
 class _Caller:
@@ -104,7 +105,8 @@ class Prediction:
         if text:
             if not text.isascii() or not text.isdigit():
                 raise falcon.HTTPBadRequest
-            length = int(text)
+            # A number of more digits than Python would convert is too large, too.
+            length = int(text) if len(text) <= MAX_LENGTH_DIGITS else self._max_body_bytes + 1
             if length > self._max_body_bytes:
                 raise self._too_large()
         elif environ.get("wsgi.input_terminated"):
