@@ -1,5 +1,6 @@
 """JSON lines on stdout: one format for the application's, Gunicorn's and the access lines; nobody waits for a write."""
 
+import functools
 import json
 import logging
 import os
@@ -52,6 +53,7 @@ def timestamp(seconds: float) -> str:
     return f"{_second(int(seconds))}.{int(seconds % 1 * 1e6):06d}Z"
 
 
+@functools.lru_cache(maxsize=1)
 def _second(seconds: int) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
 
@@ -68,19 +70,18 @@ def access_line(
     trace: str | None,
 ) -> bytes:
     """One request's access line; what is None is left out. By hand: an encoder costs half as much as the request."""
-    line = f'{{"time":"{stamp}","level":"INFO","logger":"inference_api.access","message":"request"'
-    if request_id is not None:
-        line += f',"request_id":"{request_id}"'
+    request = f',"request_id":"{request_id}"' if request_id is not None else ""
     if method is not None and path is not None:
-        line += f',"method":"{method}","path":{quoted(path[:MAX_PATH_CHARACTERS])}'
-    line += f',"status":{status},"duration_ms":{duration_seconds * 1e3:.3f}'
-    if wait_seconds is not None:
-        line += f',"queue_ms":{wait_seconds * 1e3:.3f}'
+        request += f',"method":"{method}","path":{quoted(path[:MAX_PATH_CHARACTERS])}'
+    more = f',"queue_ms":{wait_seconds * 1e3:.3f}' if wait_seconds is not None else ""
     if model is not None:
-        line += f',"model":{quoted(model)}'
+        more += f',"model":{quoted(model)}'
     if trace is not None:
-        line += f',"trace_id":"{trace}"'
-    return (line + "}\n").encode("ascii")
+        more += f',"trace_id":"{trace}"'
+    return (
+        f'{{"time":"{stamp}","level":"INFO","logger":"inference_api.access","message":"request"{request}'
+        f',"status":{status},"duration_ms":{duration_seconds * 1e3:.3f}{more}}}\n'
+    ).encode("ascii")
 
 
 def json_line(fields: dict[str, Any]) -> bytes:

@@ -25,31 +25,6 @@ class Phase(enum.Enum):
 class Connection:
     """The state of one connection. The I/O thread alone touches it."""
 
-    __slots__ = (
-        "_base",
-        "_body_bytes",
-        "_body_left",
-        "_body_parts",
-        "_chunked",
-        "_environ",
-        "_is_http11",
-        "_max_body_bytes",
-        "_parser",
-        "_scheme_fields",
-        "buffer",
-        "events",
-        "exchange",
-        "expires",
-        "has_ended",
-        "held_bytes",
-        "must_close",
-        "output",
-        "phase",
-        "since",
-        "sock",
-        "wants_continue",
-    )
-
     def __init__(
         self,
         sock: socket.socket,
@@ -141,26 +116,24 @@ class Connection:
         return self._exchange(environ, body)
 
     def _exchange(self, environ: dict[str, Any], body: bytes) -> Exchange:
-        exchange = Exchange(self, environ, body, self._is_http11)
+        keep_alive = self._is_http11
         options = environ.get("HTTP_CONNECTION")
-        if options is not None or not self._is_http11:
-            tokens = {token.strip().lower() for token in (options or "").split(",")}
-            exchange.keep_alive = "close" not in tokens and (self._is_http11 or "keep-alive" in tokens)
-        if self._scheme_fields:
-            schemes = {value == environ[key] for key, value in self._scheme_fields if key in environ}
-            if len(schemes) > 1:
+        if options is not None:
+            tokens = {token.strip().lower() for token in options.split(",")}
+            keep_alive = "close" not in tokens and (keep_alive or "keep-alive" in tokens)
+        schemes = [value == environ[key] for key, value in self._scheme_fields if key in environ]
+        if schemes:
+            if not all(schemes) and any(schemes):
                 raise Refusal(400, "The forwarded scheme is contradictory.")
-            if True in schemes:
+            if schemes[0]:
                 environ["wsgi.url_scheme"] = "https"
-        return exchange
+        return Exchange(self, environ, body, self._is_http11, keep_alive)
 
     def refused(self) -> Exchange:
         """A stand-in for a request that could not be read, so that its refusal is answered and logged like others."""
         environ = self._environ or {}
         known = {"REQUEST_METHOD": "", "PATH_INFO": "", **environ}
-        exchange = Exchange(self, known, b"", True)
-        exchange.keep_alive = False
-        return exchange
+        return Exchange(self, known, b"", is_http11=True, keep_alive=False)
 
     @property
     def is_within_request(self) -> bool:

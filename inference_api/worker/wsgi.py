@@ -67,53 +67,33 @@ class Exchange:
     answer; `abandoned` tells the application thread that nobody waits for it any more.
     """
 
-    __slots__ = (
-        "abandoned",
-        "arrived",
-        "body_bytes",
-        "connection",
-        "cost",
-        "deadline",
-        "ended",
-        "environ",
-        "is_begun",
-        "is_dead",
-        "is_done",
-        "is_get",
-        "is_http11",
-        "is_waiting",
-        "keep_alive",
-        "method",
-        "model",
-        "path",
-        "produced_bytes",
-        "request_id",
-        "room",
-        "sent_bytes",
-        "started",
-        "status",
-    )
+    # What most exchanges never change stands in the class.
+    method: str
+    path: str
+    is_get = False  # GET and HEAD: run by a thread of their own
+    is_dead = False  # abandoned while it waits: nobody will run it
+    is_waiting = False  # started, but its model not called yet: see batching.py
+    abandoned = False
+    is_begun = False  # a piece of the answer has been handed to the I/O thread
+    is_done = False  # the last piece has
+    status = 0
+    model: str | None = None
+    deadline = started = ended = cost = 0.0
+    produced_bytes = sent_bytes = 0
+    room: threading.Event | None = None
 
-    def __init__(self, connection: "Connection", environ: dict[str, Any], body: bytes, is_http11: bool) -> None:
+    def __init__(
+        self, connection: "Connection", environ: dict[str, Any], body: bytes, is_http11: bool, keep_alive: bool
+    ) -> None:
         self.connection = connection
         self.environ = environ
-        self.method: str = environ["REQUEST_METHOD"]
-        self.path: str = environ["PATH_INFO"]
+        self.method = environ["REQUEST_METHOD"]
+        self.path = environ["PATH_INFO"]
         self.request_id = problems.request_id(environ.get("HTTP_X_REQUEST_ID"))
         self.body_bytes = len(body)
         self.is_http11 = is_http11
-        self.is_get = False  # GET and HEAD: run by a thread of their own
-        self.is_dead = False  # abandoned while it waits: nobody will run it
-        self.is_waiting = False  # started, but its model not called yet: see batching.py
-        self.keep_alive = True
-        self.abandoned = False
-        self.is_begun = False  # a piece of the answer has been handed to the I/O thread
-        self.is_done = False  # the last piece has
-        self.status = 0
-        self.model: str | None = None
-        self.arrived = self.deadline = self.started = self.ended = self.cost = 0.0
-        self.produced_bytes = self.sent_bytes = 0
-        self.room: threading.Event | None = None
+        self.keep_alive = keep_alive
+        self.arrived = 0.0
         environ["wsgi.input"] = io.BytesIO(body)
         environ["inference_api.request_id"] = self.request_id
         environ["inference_api.caller"] = self
