@@ -3,13 +3,27 @@
 import enum
 import socket
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from inference_api.worker.http import ChunkedBody, Refusal, RequestParser
 from inference_api.worker.wsgi import Exchange
 
 MAX_PIPELINED_BYTES = 65_536
 """Bytes of further requests read while one is being answered."""
+
+
+MEMO_HEAD_BYTES = 2_048
+"""The longest head that a connection remembers."""
+
+
+class Head(NamedTuple):
+    """What the head of a request says."""
+
+    environ: dict[str, Any]
+    length: int | None  # of the body; None: it is chunked
+    is_http11: bool
+    keep_alive: bool
+    expects_continue: bool
 
 
 class Phase(enum.Enum):
@@ -49,8 +63,9 @@ class Connection:
         self._base = base
         self._max_body_bytes = max_body_bytes
         self._scheme_fields = scheme_fields  # by which a trusted proxy says that its client came by https
-        self._environ: dict[str, Any] | None = None  # of a request whose body is still to come
-        self._is_http11 = True
+        self._head_bytes = b""  # of the last request, if its head is worth remembering: `_head` is what they mean
+        self._head: Head
+        self._environ: dict[str, Any] | None = None  # of a request that is not complete
         self._body_bytes = self._body_left = 0
         self._body_parts: list[bytes] = []
         self._chunked: ChunkedBody | None = None
@@ -73,24 +88,47 @@ class Connection:
                     if data and data != b"\r":
                         self._parser.check_partial(data)
                     return None
-            environ = self._environ = self._base.copy()
-            self._is_http11 = self._parser.parse(data[:end], environ)
-            length = self._parser.framing(environ, self._is_http11)
-            expectation = environ.get("HTTP_EXPECT")
-            if expectation is not None and expectation.lower() != "100-continue":
-                raise Refusal(417, "The only expectation is 100-continue.")
+            head = data[:end]
+            if head != self._head_bytes:  # most clients repeat themselves
+                self._head_bytes = b""
+                self._environ = self._base.copy()
+                self._head = self._read_head(head, self._environ)
+                if len(head) <= MEMO_HEAD_BYTES:
+                    self._head_bytes = head
+            environ, length, expects_continue = (
+                self._head.environ.copy(),
+                self._head.length,
+                self._head.expects_continue,
+            )
             data = data[end + 4 :]
             if length is not None and len(data) >= length:
                 self._environ = None
                 self.buffer = data[length:]
                 return self._exchange(environ, data[:length])
+            self._environ = environ
             self.buffer = b""
-            self.wants_continue = expectation is not None and self._is_http11 and not data
+            self.wants_continue = expects_continue and not data
             if length is None:
                 self._chunked = ChunkedBody(self._max_body_bytes)
             else:
                 self._body_bytes = self._body_left = length
         return self._take_body(data)
+
+    def _read_head(self, head: bytes, environ: dict[str, Any]) -> Head:
+        is_http11 = self._parser.parse(head, environ)
+        length = self._parser.framing(environ, is_http11)
+        expectation = environ.get("HTTP_EXPECT")
+        if expectation is not None and expectation.lower() != "100-continue":
+            raise Refusal(417, "The only expectation is 100-continue.")
+        options = {token.strip().lower() for token in environ.get("HTTP_CONNECTION", "").split(",")}
+        keep_alive = "close" not in options and (is_http11 or "keep-alive" in options)
+        schemes = [value == environ[key] for key, value in self._scheme_fields if key in environ]
+        if schemes:
+            if any(schemes) and not all(schemes):
+                raise Refusal(400, "The forwarded scheme is contradictory.")
+            if schemes[0]:
+                environ["wsgi.url_scheme"] = "https"
+        return Head(environ, length, is_http11, keep_alive, expectation is not None and is_http11)
 
     def _take_body(self, data: bytes) -> Exchange | None:
         environ = self._environ
@@ -116,18 +154,7 @@ class Connection:
         return self._exchange(environ, body)
 
     def _exchange(self, environ: dict[str, Any], body: bytes) -> Exchange:
-        keep_alive = self._is_http11
-        options = environ.get("HTTP_CONNECTION")
-        if options is not None:
-            tokens = {token.strip().lower() for token in options.split(",")}
-            keep_alive = "close" not in tokens and (keep_alive or "keep-alive" in tokens)
-        schemes = [value == environ[key] for key, value in self._scheme_fields if key in environ]
-        if schemes:
-            if not all(schemes) and any(schemes):
-                raise Refusal(400, "The forwarded scheme is contradictory.")
-            if schemes[0]:
-                environ["wsgi.url_scheme"] = "https"
-        return Exchange(self, environ, body, self._is_http11, keep_alive)
+        return Exchange(self, environ, body, self._head.is_http11, self._head.keep_alive)
 
     def refused(self) -> Exchange:
         """A stand-in for a request that could not be read, so that its refusal is answered and logged like others."""
