@@ -3,14 +3,16 @@
 import logging
 import os
 import signal
+import socket
 import sys
 from typing import Any
 
 from gunicorn.workers.base import Worker as BaseWorker
 
 from inference_api import __version__
+from inference_api.worker.connection import Connection
 from inference_api.worker.http import RequestParser
-from inference_api.worker.loop import Limits, Loop
+from inference_api.worker.loop import Loop
 
 SWITCH_INTERVAL_SECONDS = 0.0005
 """How long a busy thread may keep the interpreter from the I/O thread: 0.5 ms costs no throughput, 5 ms (Python's own)
@@ -36,48 +38,44 @@ class Worker(BaseWorker):  # type: ignore[misc]
         settings, cfg = self.settings, self.cfg
         name = self.sockets[0].getsockname()
         host, port = (str(name[0]), str(name[1])) if isinstance(name, tuple) else ("localhost", "")
+        base = {
+            "SCRIPT_NAME": "",
+            "SERVER_NAME": host,
+            "SERVER_PORT": port,
+            "SERVER_SOFTWARE": f"inference-api/{__version__}",
+            "wsgi.version": (1, 0),
+            "wsgi.url_scheme": "http",
+            "wsgi.errors": sys.stderr,
+            "wsgi.input_terminated": True,
+            "wsgi.multithread": True,
+            "wsgi.multiprocess": cfg.workers > 1,
+            "wsgi.run_once": False,
+        }
+        parser = RequestParser(
+            max_line_bytes=cfg.limit_request_line,
+            max_fields=cfg.limit_request_fields,
+            max_field_bytes=cfg.limit_request_field_size,
+            max_body_bytes=settings.max_body_bytes,
+        )
+        trusted_peers = frozenset(map(str, cfg.forwarded_allow_ips))
+        scheme_fields = [
+            (f"HTTP_{name.upper().replace('-', '_')}", value) for name, value in cfg.secure_scheme_headers.items()
+        ]
+
+        def connect(sock: socket.socket, address: str, port: str) -> Connection:
+            is_trusted = address in trusted_peers or "*" in trusted_peers
+            environ = {**base, "REMOTE_ADDR": address, "REMOTE_PORT": port}
+            return Connection(sock, parser, environ, settings.max_body_bytes, scheme_fields if is_trusted else ())
+
         self.loop = Loop(
             listeners=self.sockets,
             application=self.wsgi,
-            parser=RequestParser(
-                max_line_bytes=cfg.limit_request_line,
-                max_fields=cfg.limit_request_fields,
-                max_field_bytes=cfg.limit_request_field_size,
-                max_body_bytes=settings.max_body_bytes,
-            ),
-            limits=Limits(
-                max_connections=settings.max_connections,
-                max_pending=settings.max_pending,
-                max_requests=self.max_requests if self.max_requests != sys.maxsize else 0,
-                threads=cfg.threads,
-                max_body_bytes=settings.max_body_bytes,
-                request_timeout=settings.request_timeout,
-                read_timeout=settings.read_timeout,
-                keep_alive=settings.keep_alive,
-                drain=settings.drain_seconds,
-                graceful=settings.graceful_timeout,
-            ),
-            environ={
-                "SCRIPT_NAME": "",
-                "SERVER_NAME": host,
-                "SERVER_PORT": port,
-                "SERVER_SOFTWARE": f"inference-api/{__version__}",
-                "wsgi.version": (1, 0),
-                "wsgi.url_scheme": "http",
-                "wsgi.errors": sys.stderr,
-                "wsgi.input_terminated": True,
-                "wsgi.multithread": True,
-                "wsgi.multiprocess": cfg.workers > 1,
-                "wsgi.run_once": False,
-            },
-            trusted_peers=None if "*" in cfg.forwarded_allow_ips else frozenset(map(str, cfg.forwarded_allow_ips)),
-            scheme_fields=[
-                (f"HTTP_{name.upper().replace('-', '_')}", value) for name, value in cfg.secure_scheme_headers.items()
-            ],
+            connect=connect,
+            settings=settings,
+            max_requests=self.max_requests if self.max_requests != sys.maxsize else 0,
             wake_fds=(self.PIPE[0], self.PIPE[1]),
             writer=self.log.writer,
-            metrics=self.metrics if settings.metrics else None,
-            access_log=settings.access_log and logging.getLogger().isEnabledFor(logging.INFO),
+            metrics=self.metrics,
             heartbeat=self._heartbeat,
             is_shutdown=lambda: bool(self.shutdown_flag[0]),
         )

@@ -1,6 +1,10 @@
 """Which requests are let in: by how many wait, and by whether their answer would come in time."""
 
 import math
+from collections.abc import Iterable
+
+from inference_api.worker.pool import Pool
+from inference_api.worker.wsgi import Exchange
 
 MAX_PATHS = 64
 MAX_RETRY_AFTER_SECONDS = 60
@@ -15,15 +19,36 @@ class Admission:
     be answered in time is refused at once instead.
     """
 
-    def __init__(self, max_pending: int, request_timeout_seconds: float) -> None:
-        self.max_pending = max_pending
-        self.request_timeout_seconds = request_timeout_seconds
-        self.backlog_seconds = 0.0
+    def __init__(self, pool: Pool, max_pending: int, request_timeout_seconds: float) -> None:
+        self._pool = pool
+        self._max_pending = max_pending
+        self._request_timeout_seconds = request_timeout_seconds
+        self._backlog_seconds = 0.0
         self._service_seconds: dict[str, float] = {}
 
-    def service_seconds(self, path: str) -> float:
-        """How long a request for this path is expected to keep a thread; 0 while that is not known."""
-        return self._service_seconds.get(path, 0.0)
+    def refusal(self, exchange: Exchange) -> str | None:
+        """Why a request is not let in now ("stuck", "pending" or "deadline"), or None where it is."""
+        pool = self._pool
+        if pool.taken < pool.size:
+            # A thread is free: there is nothing to wait for, and something to learn of a service time that has grown.
+            return None
+        threads = pool.size - len(pool.overdue)
+        if threads <= 0:
+            return "stuck"
+        if len(pool.jobs) >= self._max_pending:
+            return "pending"
+        expected_seconds = self._backlog_seconds / threads + self._service_seconds.get(exchange.path, 0.0)
+        return "deadline" if expected_seconds > self._request_timeout_seconds else None
+
+    def enter(self, exchange: Exchange) -> None:
+        """A request is let in; its cost stays 0 while nothing is known of its path."""
+        exchange.cost = cost = self._service_seconds.get(exchange.path, 0.0)
+        self._backlog_seconds += cost
+
+    def leave(self, exchange: Exchange) -> None:
+        """A request is no longer among the work to be done; to say so again changes nothing."""
+        self._backlog_seconds -= exchange.cost
+        exchange.cost = 0.0
 
     def observe(self, path: str, seconds: float) -> None:
         """Take into account how long a request kept its thread."""
@@ -33,23 +58,29 @@ class Admission:
         elif len(self._service_seconds) < MAX_PATHS:
             self._service_seconds[path] = seconds
 
-    def at_least(self, path: str, seconds: float) -> None:
-        """A request for a path not observed yet has already kept its thread this long."""
-        if path not in self._service_seconds and len(self._service_seconds) < MAX_PATHS:
-            self._service_seconds[path] = seconds
-
-    def refusal(self, path: str, pending: int, threads: int, *, must_wait: bool) -> str | None:
-        """Why a request is not let in now ("stuck", "pending" or "deadline"), or None where it is."""
+    def hopeless(self, exchanges: Iterable[Exchange], now: float) -> list[Exchange]:
+        """Those of the requests let in that, by what has been learnt since, cannot be answered in time."""
+        threads = self._pool.useful_threads
         if threads <= 0:
-            return "stuck"
-        if pending >= self.max_pending:
-            return "pending"
-        expected_seconds = self.backlog_seconds / threads + self.service_seconds(path)
-        # Where a thread is free there is nothing to wait for, and something to learn of a service time that has grown.
-        if must_wait and expected_seconds > self.request_timeout_seconds:
-            return "deadline"
-        return None
+            return []
+        found = []
+        wait_seconds = 0.0
+        for exchange in sorted(exchanges, key=lambda exchange: exchange.arrived):
+            path = exchange.path
+            if exchange.started:
+                if path not in self._service_seconds:  # it has kept its thread this long at least
+                    self.observe(path, now - exchange.started)
+                continue
+            self.leave(exchange)
+            self.enter(exchange)
+            if wait_seconds and now + wait_seconds + exchange.cost > exchange.deadline:
+                self.leave(exchange)
+                found.append(exchange)
+            else:
+                wait_seconds += exchange.cost / threads
+        return found
 
-    def retry_after_seconds(self, threads: int) -> int:
+    def retry_after_seconds(self) -> int:
         """When the backlog of now will have been worked off: whole seconds, at least 1."""
-        return max(1, min(MAX_RETRY_AFTER_SECONDS, math.ceil(self.backlog_seconds / max(1, threads))))
+        seconds = self._backlog_seconds / max(1, self._pool.useful_threads)
+        return max(1, min(MAX_RETRY_AFTER_SECONDS, math.ceil(seconds)))
