@@ -91,8 +91,9 @@ def test_what_is_imported_is_what_is_installed() -> None:
     assert packages == set(wanted(PROJECT / "requirements.in")[0])
 
 
-def test_the_dockerfile_follows_the_rules() -> None:
+@pytest.mark.parametrize("dockerfile", ["Dockerfile", "examples/Dockerfile"])
+def test_a_dockerfile_follows_the_rules(dockerfile: str) -> None:
     """hadolint finds nothing in it."""
     hadolint = Path(sys.executable).parent / "hadolint"
-    done = subprocess.run([hadolint, "Dockerfile"], cwd=PROJECT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([hadolint, dockerfile], cwd=PROJECT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -111,6 +111,19 @@ def running(image: str, *options: str, command: tuple[str, ...] = ()) -> Iterato
         podman("rm", "--force", "--time=0", container.name)
 
 
+@contextlib.contextmanager
+def built(*options: str, context: Path = PROJECT) -> Iterator[str]:
+    """An image, by its name."""
+    tag = f"localhost/inference-api-test:{uuid.uuid4().hex}"
+    always = ("--format=docker", "--pull-never", "--network=host", f"--tag={tag}")
+    done = call("buildah", "build", *always, *options, str(context), seconds=BUILD_SECONDS)
+    assert done.returncode == 0, done.stderr
+    try:
+        yield tag
+    finally:
+        podman("rmi", "--force", tag)
+
+
 @pytest.fixture(scope="module")
 def image() -> Iterator[str]:
     """The Dockerfile, built as it stands."""
@@ -121,12 +134,8 @@ def image() -> Iterator[str]:
         if "CI" in os.environ and BASE_IMAGE_SCRIPT.exists():
             pytest.fail(words)
         pytest.skip(words)
-    tag = f"localhost/inference-api-test:{uuid.uuid4().hex}"
-    options = ("--format=docker", "--pull-never", "--network=host", f"--tag={tag}")
-    built = call("buildah", "build", *options, ".", seconds=BUILD_SECONDS)
-    assert built.returncode == 0, built.stderr
-    yield tag
-    podman("rmi", "--force", tag)
+    with built() as tag:
+        yield tag
 
 
 def test_the_image_is_small(image: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -185,8 +194,8 @@ def test_it_takes_the_example_of_all_variables(image: str) -> None:
         assert json.loads(container.logs().splitlines()[-1])["message"] == "Shutting down: Master"
 
 
-def test_it_serves_a_model_from_outside(image: str, tmp_path: Path) -> None:
-    """A model is swapped by one variable and a file."""
+def test_a_model_is_a_file_and_a_variable(image: str, tmp_path: Path) -> None:
+    """A model without libraries needs no image of its own: it is mounted."""
     (tmp_path / "shout.py").write_text(
         "class Shout:\n"
         "    name, version = 'shout', '2.0'\n"
@@ -200,6 +209,16 @@ def test_it_serves_a_model_from_outside(image: str, tmp_path: Path) -> None:
             200,
             {"input": "hello", "prediction": "HELLO"},
         )
+
+
+def test_a_real_model_is_an_image_on_top(image: str) -> None:
+    """examples/Dockerfile adds a model and its libraries, and the rest stays as it is."""
+    options = (f"--build-arg=SERVICE={image}", "--file=examples/Dockerfile")
+    with built(*options) as tag, running(tag, *HARDENED) as container:
+        container.wait_until_ready()
+        assert container.is_healthy()
+        status, answer = container.request("POST", "/sentiment", {"text": "The food was great!"})
+        assert (status, answer["prediction"]["label"]) == (200, "positive")
 
 
 def test_it_holds_the_service_and_nothing_else(image: str) -> None:
@@ -235,9 +254,6 @@ def test_the_build_sees_no_secrets_and_no_litter(image: str, tmp_path: Path) -> 
         (project / name).touch()
     (project / ".dockerignore").write_text((PROJECT / ".dockerignore").read_text())
     (tmp_path / "Dockerfile").write_text("FROM scratch\nCOPY . /\n")
-    tag = f"localhost/inference-api-test:{uuid.uuid4().hex}"
-    options = (f"--file={tmp_path}/Dockerfile", f"--output=type=local,dest={seen}", f"--tag={tag}")
-    built = call("buildah", "build", *options, str(project), seconds=BUILD_SECONDS)
-    assert built.returncode == 0, built.stderr
-    podman("rmi", "--force", tag)
+    with built(f"--file={tmp_path}/Dockerfile", f"--output=type=local,dest={seen}", context=project):
+        pass
     assert sorted(str(path.relative_to(seen)) for path in seen.rglob("*") if path.is_file()) == sorted(wanted)
