@@ -5,6 +5,7 @@ import logging
 import mmap
 import os
 import socket
+import sys
 import threading
 import time
 from pathlib import Path
@@ -35,7 +36,11 @@ class Hooks:
             effective["THREADS"] = service.threads
         log.info("starting", extra=effective)
         if self.settings.preload:
-            _require_one_thread()
+            try:
+                _require_one_thread()
+            except ModelError as exc:
+                print(f"\nError: {exc}", file=sys.stderr, flush=True)  # noqa: T201 - as Gunicorn says it
+                os._exit(1)  # a normal end would wait for the very threads
         if arbiter.cfg.is_ssl:  # before Gunicorn looks for the files
             arbiter.worker_class.check_config(arbiter.cfg, arbiter.log)
         _require_address(arbiter.cfg)
@@ -64,7 +69,7 @@ class Hooks:
             return
         warm_up = threading.Thread(target=service.warm_up, name="warm-up", daemon=True)
         warm_up.start()
-        while warm_up.is_alive():
+        while warm_up.is_alive() and worker.alive:
             worker.notify()
             warm_up.join(HEARTBEAT_SECONDS)
 
