@@ -60,8 +60,7 @@ class Schema:
             self._check_prediction = msgspec.json.Decoder(returned).decode
             msgspec.json.schema_components([self.request_type, self.answer_type])  # refuses what no document could say
         except Exception as exc:  # annotations are anybody's code
-            why = " ".join(str(exc).split())
-            raise ModelError(f"MODELS: {spec}: the signature of predict() cannot be a schema: {why}") from exc
+            raise ModelError(f"MODELS: {spec}: the signature of predict() cannot be a schema: {exc}") from exc
         self._encode = msgspec.json.Encoder().encode
         self._value: Callable[[Any], Any] = attrgetter(self.names[0]) if len(self.names) == 1 else self._as_dict
         self.call: Callable[[Any], Any] = model.predict if len(self.names) == 1 else self._call_by_name

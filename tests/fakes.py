@@ -129,6 +129,11 @@ class Broken(Fake):
                 return {"deep": [{"er": float("-inf")}], "null": None}
             case "object":
                 return object()
+            case "too deep":
+                deep: list[Any] = []
+                for _ in range(100_000):
+                    deep = [deep]
+                return deep
             case "surrogate":
                 return "\ud800"
             case "huge":
@@ -156,10 +161,19 @@ MESSAGES = {
 }
 
 
+class UnsayableError(ValueError):
+    """Has words that fail."""
+
+    def __str__(self) -> str:
+        raise RuntimeError(SECRET)
+
+
 class Picky(Fake):
     """Refuses its input in words of its own."""
 
     def predict(self, which: str) -> str:
+        if which == "unsayable":
+            raise UnsayableError
         if which in MESSAGES:
             raise ValueError(MESSAGES[which])
         return which

@@ -86,7 +86,7 @@ def test_nothing_and_nothing_but_space_are_the_default(text: str | None) -> None
         ("WEB_CONCURRENCY", "3", 3),
         ("THREADS", "1024", 1024),
         ("WORKER_CLASS", "gthread", "gthread"),
-        ("WORKER_CLASS", "my.worker.Class", "my.worker.Class"),
+        ("WORKER_CLASS", "gunicorn.workers.sync.SyncWorker", "gunicorn.workers.sync.SyncWorker"),
         ("MODELS", "a=b:C", (ModelSpec("a", "b", "C"),)),
         ("MODELS", " a-1=b.c:D , _x=y:Z ", (ModelSpec("a-1", "b.c", "D"), ModelSpec("_x", "y", "Z"))),
         ("MODELS", "Health=b:C", (ModelSpec("Health", "b", "C"),)),
@@ -122,6 +122,7 @@ def test_a_good_value_is_taken(variable: str, text: str, value: Any) -> None:
 
 WHOLE = "a whole number from {} to {}"
 SECONDS = "seconds from {} to 86400"
+WORKER = "gthread, or the dotted name of a Gunicorn worker class that can be imported"
 SWITCH = "one of 1, true, yes, on, 0, false, no, off"
 KEYS = "keys of 8 to 512 printable ASCII characters, separated by commas"
 SPECS = "path=module:Class, several separated by commas"
@@ -144,8 +145,10 @@ SPECS = "path=module:Class, several separated by commas"
         ("WEB_CONCURRENCY", "65", WHOLE.format(1, 64)),
         ("WEB_CONCURRENCY", "auto", WHOLE.format(1, 64)),
         ("THREADS", "0", WHOLE.format(1, 1024)),
-        ("WORKER_CLASS", "sync", "gthread, or the dotted name of a Gunicorn worker class"),
-        ("WORKER_CLASS", "a..b", "gthread, or the dotted name of a Gunicorn worker class"),
+        ("WORKER_CLASS", "sync", WORKER),
+        ("WORKER_CLASS", "a..b", WORKER),
+        ("WORKER_CLASS", "no.such.Worker", WORKER),
+        ("WORKER_CLASS", "pathlib.Path", WORKER),
         ("MODELS", ",", SPECS),
         ("MODELS", "a=b:C,", SPECS),
         ("MODELS", "a=b", SPECS),
