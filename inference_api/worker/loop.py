@@ -99,6 +99,7 @@ class Loop:
         self._admission = Admission(self._pool, settings.max_pending, settings.request_timeout)
         self._requests = 0
         self._now = time.monotonic()
+        self._stamp = ""  # the time of day as log lines have it, once it is asked for in this turn
         self._next_tick = self._next_heartbeat = 0.0
         self._stop_requested = False
         self._decide_at: float | None = None
@@ -126,6 +127,7 @@ class Loop:
             events = self._selector.select(0.0 if is_due else max(0.0, self._next_tick - time.monotonic()))
             outbox.is_asleep = False
             self._now = time.monotonic()
+            self._stamp = ""
             for key, mask in events:
                 target = key.data
                 if type(target) is Connection:
@@ -384,10 +386,11 @@ class Loop:
         if self._settings.metrics:
             self._metrics.record(exchange.path, exchange.method, exchange.status, seconds, wait_seconds)
         if self._access_log:
+            self._stamp = self._stamp or timestamp(time.time())
             traceparent = exchange.environ.get("HTTP_TRACEPARENT")
             self._lines.append(
                 access_line(
-                    timestamp(time.time()),
+                    self._stamp,
                     exchange.request_id,
                     exchange.method or None,
                     exchange.path,
