@@ -22,7 +22,8 @@ What can be decoded must leave room on the stack for the model, and for encoding
 """
 
 _STEP = re.compile(r"\.([^.\[`]+)|\[([0-9]+)\]")
-_SAFE_MESSAGES = ("Expected ", "Object missing required field ", "Number out of range")  # others may quote the client
+# Others may quote what the client sent, which stands in no answer and in no log.
+_SAFE_MESSAGES = ("Expected ", "Object missing required field ", "Number out of range")
 
 
 class MalformedError(Exception):
@@ -105,6 +106,9 @@ class Schema:
         try:
             encoded = self._encode(output)
             self._check_prediction(encoded)
+        except msgspec.ValidationError as exc:
+            words = str(exc) if str(exc).startswith(_SAFE_MESSAGES) else "Invalid value"
+            raise InferenceError(f"{self.model.name}: the output is not what predict() promises: {words}") from None
         except Exception as exc:
             raise InferenceError(f"{self.model.name}: the output is not what predict() promises") from exc
         # msgspec writes NaN and the infinities as null, where the return annotation may allow null.
