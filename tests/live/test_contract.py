@@ -22,6 +22,7 @@ PAYLOAD = "zebra"
 
 MODELS = """
 import math, sys
+from typing import Literal
 
 class Raises:
     name, version = "raises", "0.1"
@@ -38,7 +39,8 @@ class Raises:
 
 class Returns:
     name, version = "returns", "0.1"
-    outputs = {"object": object(), "set of objects": {object()}, "integer": 1, "none": None, "surrogate": "\\ud800", "fine": "fine"}
+    outputs = {"object": object(), "set of objects": {object()}, "integer": 1, "none": None, "surrogate": "\\ud800",
+               "fine": "fine"}
     def predict(self, text: str) -> str:
         return self.outputs[text]
 
@@ -63,6 +65,11 @@ class Batches:
             return None
         return [7 if text == "wrong" else text.upper() for text in inputs]
 
+class Chooses:
+    name, version = "chooses", "0.1"
+    def predict(self, text: str) -> Literal["fine"]:
+        return text
+
 class Several:
     name, version = "several", "0.1"
     def predict(self, text: str, times: int = 2, *, loud: bool = False) -> str:
@@ -71,7 +78,10 @@ class Several:
 SERVED = {
     "predict": "inference_api.model:DummyModel",
     "square_numbers": "inference_api.model:SquareNumbersModel",
-    **{name: f"models:{name.capitalize()}" for name in ("raises", "returns", "numbers", "batches", "several")},
+    **{
+        name: f"models:{name.capitalize()}"
+        for name in ("raises", "returns", "numbers", "batches", "chooses", "several")
+    },
 }
 BUILT_IN = ("/predict", "/square_numbers")
 
@@ -397,7 +407,7 @@ def test_long_integers(service: Service, path: str, digits: int, status: int) ->
     if status == 400:
         assert_problem(answer, 400, NOT_JSON)
     elif path == "/predict":
-        words = "Expected `str`, got `int`" if digits == 20 else "Invalid value"
+        words = "Expected `str`, got `int`" if digits == 20 else "Number out of range"
         assert_problem(answer, 422, NOT_FIT, ("/text", words))
     else:
         assert_problem(answer, 422, NOT_FIT, ("/numbers/0", "Expected `int` <= 3037000499"))
@@ -844,6 +854,7 @@ def test_a_model_that_refuses_its_input(service: Service) -> None:
         ("/numbers", "nan"),
         ("/numbers", "infinity"),
         ("/numbers", "deep"),
+        ("/chooses", PAYLOAD),
         ("/batches", "few"),
         ("/batches", "many"),
         ("/batches", "string"),
