@@ -27,6 +27,7 @@ MAX_LINE_BYTES = select.PIPE_BUF
 MAX_WRITE_BYTES = 65_536
 MAX_QUEUED_LINES = 16_384
 MAX_PATH_CHARACTERS = 512
+MAX_METHOD_CHARACTERS = 32
 GATHER_SECONDS = 0.01
 FLUSH_SECONDS = 1.0
 PROGRESS_SECONDS = 5.0
@@ -72,7 +73,7 @@ def access_line(
     """One request's access line; what is None is left out. By hand: an encoder costs half as much as the request."""
     request = f',"request_id":"{request_id}"' if request_id is not None else ""
     if method is not None and path is not None:
-        request += f',"method":"{method}","path":{quoted(path[:MAX_PATH_CHARACTERS])}'
+        request += f',"method":"{method[:MAX_METHOD_CHARACTERS]}","path":{quoted(path[:MAX_PATH_CHARACTERS])}'
     more = f',"queue_ms":{wait_seconds * 1e3:.3f}' if wait_seconds is not None else ""
     if model is not None:
         more += f',"model":{quoted(model)}'
@@ -190,7 +191,7 @@ class LineWriter:
     def _write_some(self) -> None:
         chunk: list[bytes] = []
         size = 0
-        while self._lines and size + len(self._lines[0]) <= self._write_bytes:
+        while self._lines and (not chunk or size + len(self._lines[0]) <= self._write_bytes):
             chunk.append(self._lines.popleft())
             size += len(chunk[-1])
         data = memoryview(b"".join(chunk))
@@ -266,6 +267,7 @@ class Logger(glogging.Logger):  # type: ignore[misc]
         """Called by Gunicorn at the start and at every reload."""
         self.cfg = cfg
         if self.writer is None:
+            _open_closed_descriptors()
             log_fd = os.dup(1)
             os.dup2(2, 1)
             sys.stdout = sys.stderr
@@ -305,6 +307,15 @@ class Logger(glogging.Logger):  # type: ignore[misc]
 
     def close_on_exec(self) -> None:
         """There is nothing to close: os.dup() makes descriptors that are not inherited (PEP 446)."""
+
+
+def _open_closed_descriptors() -> None:
+    """Started without stdin, stdout or stderr, the next files to be opened would take their places."""
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free descriptor: this one
 
 
 @contextmanager
