@@ -5,6 +5,8 @@ import os
 import signal
 import socket
 import sys
+from functools import lru_cache
+from ipaddress import ip_address, ip_network
 from typing import Any
 
 from gunicorn.workers.base import Worker as BaseWorker
@@ -57,15 +59,19 @@ class Worker(BaseWorker):  # type: ignore[misc]
             max_field_bytes=cfg.limit_request_field_size,
             max_body_bytes=settings.max_body_bytes,
         )
-        trusted_peers = frozenset(map(str, cfg.forwarded_allow_ips))
         scheme_fields = [
             (f"HTTP_{name.upper().replace('-', '_')}", value) for name, value in cfg.secure_scheme_headers.items()
         ]
+        trusts_all = "*" in cfg.forwarded_allow_ips
+        trusted_networks = [ip_network(peers) for peers in cfg.forwarded_allow_ips if peers != "*"]
+
+        @lru_cache
+        def is_trusted(address: str) -> bool:  # who comes by a Unix socket is, as in Gunicorn
+            return trusts_all or not address or any(ip_address(address) in network for network in trusted_networks)
 
         def connect(sock: socket.socket, address: str, port: str) -> Connection:
-            is_trusted = address in trusted_peers or "*" in trusted_peers
             environ = {**base, "REMOTE_ADDR": address, "REMOTE_PORT": port}
-            return Connection(sock, parser, environ, settings.max_body_bytes, scheme_fields if is_trusted else ())
+            return Connection(sock, parser, environ, scheme_fields if is_trusted(address) else ())
 
         self.loop = Loop(
             listeners=self.sockets,

@@ -1,29 +1,20 @@
 """One connection: from the bytes that come to the requests they are. Knows no socket call, no thread and no clock."""
 
 import enum
+import re
 import socket
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
-from inference_api.worker.http import ChunkedBody, Refusal, RequestParser
+from inference_api.worker.http import ChunkedBody, Head, RequestParser, SizedBody
 from inference_api.worker.wsgi import Exchange
 
 MAX_PIPELINED_BYTES = 65_536
 """Bytes of further requests read while one is being answered."""
+MAX_KNOWN_HEAD_BYTES = 2_048
+"""Clients repeat themselves: the last head of a connection, up to this size, is remembered with its meaning."""
 
-
-MEMO_HEAD_BYTES = 2_048
-"""The longest head that a connection remembers."""
-
-
-class Head(NamedTuple):
-    """What the head of a request says."""
-
-    environ: dict[str, Any]
-    length: int | None  # of the body; None: it is chunked
-    is_http11: bool
-    keep_alive: bool
-    expects_continue: bool
+_EMPTY_LINES = re.compile(rb"(?:\r\n)*")
 
 
 class Phase(enum.Enum):
@@ -44,8 +35,7 @@ class Connection:
         sock: socket.socket,
         parser: RequestParser,
         base: dict[str, Any],
-        max_body_bytes: int,
-        scheme_fields: Iterable[tuple[str, str]] = (),
+        scheme_fields: Sequence[tuple[str, str]] = (),
     ) -> None:
         self.sock = sock
         self.phase = Phase.IDLE
@@ -61,105 +51,63 @@ class Connection:
         self.wants_continue = False
         self._parser = parser
         self._base = base
-        self._max_body_bytes = max_body_bytes
         self._scheme_fields = scheme_fields  # by which a trusted proxy says that its client came by https
-        self._head_bytes = b""  # of the last request, if its head is worth remembering: `_head` is what they mean
-        self._head: Head
-        self._environ: dict[str, Any] | None = None  # of a request that is not complete
-        self._body_bytes = self._body_left = 0
-        self._body_parts: list[bytes] = []
-        self._chunked: ChunkedBody | None = None
+        self._searched = 0  # bytes of `buffer` in which no end of a head begins
+        self._known_head = b""
+        self._head = Head({}, False, False, 0, False)
+        self._environ: dict[str, Any] | None = None  # of a request whose head has come and whose body has not
+        self._body: SizedBody | ChunkedBody | None = None
 
     def next_request(self, data: bytes) -> Exchange | None:
         """Take bytes; returns the next request once it is complete, and keeps what follows in `buffer`.
 
         Raises Refusal for what is not a request.
         """
-        if self._environ is None:
-            if self.buffer:
-                data = self.buffer + data
-            end = data.find(b"\r\n\r\n")
-            if end <= 0:
-                while data.startswith(b"\r\n"):  # RFC 9112 §2.2: empty lines before a request are ignored
-                    data = data[2:]
-                end = data.find(b"\r\n\r\n")
-                if end < 0:
-                    self.buffer = data
-                    if data and data != b"\r":
-                        self._parser.check_partial(data)
-                    return None
-            head = data[:end]
-            if head != self._head_bytes:  # most clients repeat themselves
-                self._head_bytes = b""
-                self._environ = self._base.copy()
-                self._head = self._read_head(head, self._environ)
-                if len(head) <= MEMO_HEAD_BYTES:
-                    self._head_bytes = head
-            environ, length, expects_continue = (
-                self._head.environ.copy(),
-                self._head.length,
-                self._head.expects_continue,
-            )
-            data = data[end + 4 :]
-            if length is not None and len(data) >= length:
-                self._environ = None
-                self.buffer = data[length:]
-                return self._exchange(environ, data[:length])
-            self._environ = environ
-            self.buffer = b""
-            self.wants_continue = expects_continue and not data
-            if length is None:
-                self._chunked = ChunkedBody(self._max_body_bytes)
+        if self._body is None:
+            data = self.buffer + data
+            if data.startswith(b"\r\n"):  # RFC 9112 §2.2: empty lines before a request are ignored
+                data = _EMPTY_LINES.sub(b"", data, 1)
+                self._searched = 0
+            end = data.find(b"\r\n\r\n", self._searched)
+            if end < 0:
+                self.buffer = data
+                self._parser.check_partial(data, self._searched)
+                self._searched = max(0, len(data) - 3)
+                return None
+            self._searched = 0
+            head, data = data[:end], data[end + 4 :]
+            if head == self._known_head:
+                self._environ = self._head.environ
             else:
-                self._body_bytes = self._body_left = length
-        return self._take_body(data)
-
-    def _read_head(self, head: bytes, environ: dict[str, Any]) -> Head:
-        is_http11 = self._parser.parse(head, environ)
-        length = self._parser.framing(environ, is_http11)
-        expectation = environ.get("HTTP_EXPECT")
-        if expectation is not None and expectation.lower() != "100-continue":
-            raise Refusal(417, "The only expectation is 100-continue.")
-        options = {token.strip().lower() for token in environ.get("HTTP_CONNECTION", "").split(",")}
-        keep_alive = "close" not in options and (is_http11 or "keep-alive" in options)
-        schemes = [value == environ[key] for key, value in self._scheme_fields if key in environ]
-        if schemes:
-            if any(schemes) and not all(schemes):
-                raise Refusal(400, "The forwarded scheme is contradictory.")
-            if schemes[0]:
-                environ["wsgi.url_scheme"] = "https"
-        return Head(environ, length, is_http11, keep_alive, expectation is not None and is_http11)
-
-    def _take_body(self, data: bytes) -> Exchange | None:
-        environ = self._environ
-        assert environ is not None  # noqa: S101 - for the type checker
-        if self._chunked is not None:
-            rest = self._chunked.feed(data)
-            if rest is None:
-                return None
-            body = bytes(self._chunked.body)
-            environ["CONTENT_LENGTH"] = str(len(body))
-            del environ["HTTP_TRANSFER_ENCODING"]  # the application is given the decoded body
-            self._chunked = None
-        else:
-            self._body_parts.append(data[: self._body_left])
-            rest = data[self._body_left :]
-            self._body_left -= len(self._body_parts[-1])
-            if self._body_left:
-                return None
-            body = b"".join(self._body_parts)
-            self._body_parts = []
-        self._environ = None
+                self._environ, self._known_head = self._base.copy(), b""
+                self._head = self._parser.parse(head, self._environ, self._scheme_fields)
+                if end <= MAX_KNOWN_HEAD_BYTES:
+                    self._known_head = head
+            length = self._head.body_bytes
+            if length is not None and len(data) >= length:
+                self.buffer = data[length:]
+                return self._exchange(data[:length])
+            self.buffer = b""
+            self.wants_continue = self._head.expects_continue and not data
+            self._body = ChunkedBody(self._parser.max_body_bytes) if length is None else SizedBody(length)
+        rest = self._body.feed(data)
+        if rest is None:
+            return None
         self.buffer = rest
-        return self._exchange(environ, body)
+        return self._exchange(bytes(self._body.content))
 
-    def _exchange(self, environ: dict[str, Any], body: bytes) -> Exchange:
-        return Exchange(self, environ, body, self._head.is_http11, self._head.keep_alive)
+    def _exchange(self, body: bytes) -> Exchange:
+        head = self._head
+        environ = head.environ.copy()
+        if head.body_bytes is None:  # the application is given the decoded body
+            environ["CONTENT_LENGTH"] = str(len(body))
+            del environ["HTTP_TRANSFER_ENCODING"]
+        self._environ = self._body = None
+        return Exchange(self, environ, body, head.is_http11, head.keep_alive)
 
     def refused(self) -> Exchange:
         """A stand-in for a request that could not be read, so that its refusal is answered and logged like others."""
-        environ = self._environ or {}
-        known = {"REQUEST_METHOD": "", "PATH_INFO": "", **environ}
+        known = {"REQUEST_METHOD": "", "PATH_INFO": "", **(self._environ or {})}
         return Exchange(self, known, b"", is_http11=True, keep_alive=False)
 
     @property
@@ -170,6 +118,4 @@ class Connection:
     @property
     def unfinished_bytes(self) -> int:
         """How many bytes of requests that are not complete it holds."""
-        if self._chunked is not None:
-            return len(self._chunked.body) + len(self._chunked.buffer)
-        return len(self.buffer) + (self._body_bytes - self._body_left if self._environ is not None else 0)
+        return len(self.buffer) if self._body is None else len(self._body.content)

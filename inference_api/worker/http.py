@@ -1,27 +1,29 @@
-"""HTTP/1.1 and 1.0 requests, from bytes to a WSGI environ, and the framing of their bodies (RFC 9112).
+"""HTTP/1.1 and 1.0 requests: from the bytes of a head to WSGI variables, and the framing of bodies (RFC 9112).
 
 What is not well-formed is refused, never repaired: two readers that repair differently are how requests are smuggled.
 """
 
 import re
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
 from urllib.parse import unquote_to_bytes
 
 MAX_HEAD_BYTES = 65_536
 MAX_CHUNK_LINE_BYTES = 256
 MAX_TRAILER_BYTES = 8_192
-MEMO_ENTRIES = 1_024
-MEMO_LINE_CHARACTERS = 256
+MEMO_LINES = 1_024
+MEMO_HEAD_BYTES = 4_096
+"""Lines recur, on a connection and between clients: what those of a head of at most this size mean is remembered."""
 
-_T = TypeVar("_T")
-
-_REQUEST_LINE = re.compile(
-    r"([!#$%&'*+\-.^_`|~0-9A-Za-z]+) ([\x21\x22\x24-\x7e\x80-\xff]+) HTTP/([0-9])\.([0-9])"  # no fragment: %x23
-)
-_FIELD_LINE = re.compile(r"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[\t ]*([\t\x20-\x7e\x80-\xff]*)")
+_NAME = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # a token, RFC 9110 §5.6.2
+_VALUE = r"[\t\x20-\x7e\x80-\xff]*"  # RFC 9110 §5.5
+_REQUEST_LINE = re.compile(rf"({_NAME}) ([\x21\x22\x24-\x7e]+) HTTP/([0-9])\.([0-9])")  # no fragment: %x23
+_FIELD_NAME = re.compile(_NAME)
+_FIELD_VALUE = re.compile(_VALUE)
 _ILL_BEGUN = re.compile(rb"\A[^!#$%&'*+\-.^_`|~0-9A-Za-z\r]|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n|\r(?!\n|\Z)")
-_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})[\t ]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
-_TRAILER_LINE = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e\x80-\xff]*")
+_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})[\t ]*(?:;%b)?" % _VALUE.encode())
+_TRAILER_LINE = re.compile(f"{_NAME}:{_VALUE}".encode())
 _HOST = re.compile(r"(?:[A-Za-z0-9\-._~!$&'()*+,;=%]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?")
 _SINGLE_FIELDS = frozenset({"HTTP_HOST", "CONTENT_LENGTH", "CONTENT_TYPE"})
 
@@ -35,104 +37,96 @@ class Refusal(Exception):  # noqa: N818 - an answer, not an accident
         self.detail = detail
 
 
-class RequestParser:
-    """Reads the head of a request into a WSGI environ.
+class Head(NamedTuple):
+    """What the head of a request says."""
 
-    Lines recur from request to request on a connection, and between clients: those that were found well-formed are
-    remembered, in a bounded number, with what they mean.
-    """
+    environ: dict[str, Any]
+    is_http11: bool
+    keep_alive: bool
+    body_bytes: int | None  # None: chunked
+    expects_continue: bool
+
+
+class RequestParser:
+    """Reads heads of requests within these bounds; those of Gunicorn may be 0, which is its word for none."""
 
     def __init__(self, *, max_line_bytes: int, max_fields: int, max_field_bytes: int, max_body_bytes: int) -> None:
-        self._max_line_bytes = max_line_bytes
+        self.max_body_bytes = max_body_bytes
+        self._max_line_bytes = max_line_bytes or MAX_HEAD_BYTES
         self._max_fields = max_fields
-        self._max_field_bytes = max_field_bytes
-        self._max_body_bytes = max_body_bytes
-        self._request_lines: dict[str, tuple[dict[str, str], bool]] = {}
-        self._field_lines: dict[str, tuple[str, str]] = {}
+        self._max_field_bytes = max_field_bytes or MAX_HEAD_BYTES
+        self._short_bytes = min(self._max_line_bytes, self._max_field_bytes, MEMO_HEAD_BYTES)
 
-    def check_partial(self, head: bytes) -> None:
-        """Refuse a head that is not complete but already wrong, so that nobody waits for the rest of it."""
-        if _ILL_BEGUN.search(head):
+    def check_partial(self, head: bytes, start: int) -> None:
+        """Refuse a head that is not complete but already wrong, so that nobody waits for the rest of it.
+
+        What stands before `start` has been checked.
+        """
+        if _ILL_BEGUN.search(head, start):
             raise Refusal(400, "The request is not HTTP/1.1.")
-        end = head.find(b"\r\n")
-        if end > self._max_line_bytes or (end < 0 and len(head) > self._max_line_bytes):
-            raise Refusal(414, f"The request line may have at most {self._max_line_bytes} bytes.")
+        end = head.find(b"\r\n", 0, self._max_line_bytes + 2)
         if end >= 0:
-            self._request_line(head[:end].decode("latin-1"))
+            _request_line(head[:end].decode("latin-1"))
+        elif len(head) > self._max_line_bytes + 1:
+            raise self._line_too_long()
         if len(head) > MAX_HEAD_BYTES:
-            raise Refusal(431, f"The header section may have at most {MAX_HEAD_BYTES} bytes.")
+            raise _head_too_long()
 
-    def parse(self, head: bytes, environ: dict[str, Any]) -> bool:
-        """Put a whole head, without its empty line, into `environ`; returns whether it is of HTTP/1.1."""
-        if len(head) > MAX_HEAD_BYTES:
-            raise Refusal(431, f"The header section may have at most {MAX_HEAD_BYTES} bytes.")
+    def parse(self, head: bytes, environ: dict[str, Any], scheme_fields: Sequence[tuple[str, str]] = ()) -> Head:
+        """Read a whole head, without its empty line, into `environ`, where stands what was understood if it is refused.
+
+        `scheme_fields` are those by which a trusted proxy says that its client came by https.
+        """
         lines = head.decode("latin-1").split("\r\n")
-        variables, is_http11 = self._request_lines.get(lines[0]) or self._request_line(lines[0])
+        is_short = len(head) <= self._short_bytes
+        if not is_short:
+            self._check_sizes(lines)
+        variables, is_http11, authority = (_request_line if is_short else _request_line.__wrapped__)(lines[0])
         environ.update(variables)
         if len(lines) - 1 > self._max_fields:
             raise Refusal(431, f"A request may have at most {self._max_fields} header fields.")
-        memo = self._field_lines
-        for i in range(1, len(lines)):
-            line = lines[i]
-            key, value = memo.get(line) or self._field_line(line)
-            if key in environ:
-                if not key:
-                    continue
+        del lines[0]
+        for key, value in map(_field if is_short else _field.__wrapped__, lines):
+            if key in environ and key:
                 if key in _SINGLE_FIELDS:
                     raise Refusal(400, "A header field that may stand once stands twice.")
-                value = f"{environ[key]}{';' if key == 'HTTP_COOKIE' else ','}{value}"
+                value = f"{environ[key]}{'; ' if key == 'HTTP_COOKIE' else ','}{value}"
             environ[key] = value
         environ.pop("", None)  # where dropped fields went
         if is_http11 and "HTTP_HOST" not in environ:
             raise Refusal(400, "The header field Host is missing.")
-        if "" in variables:  # the authority of a target in absolute-form stands above Host
-            environ["HTTP_HOST"] = variables[""]
-        return is_http11
+        if authority:
+            environ["HTTP_HOST"] = authority
+        if scheme_fields:
+            schemes = {environ[key] == value for key, value in scheme_fields if key in environ}
+            if len(schemes) > 1:
+                raise Refusal(400, "The forwarded scheme is contradictory.")
+            if True in schemes:
+                environ["wsgi.url_scheme"] = "https"
+        body_bytes = self._body_bytes(environ, is_http11)
+        expectation = environ.get("HTTP_EXPECT")
+        if expectation is not None and expectation.lower() != "100-continue":
+            raise Refusal(417, "The only expectation is 100-continue.")
+        options = environ.get("HTTP_CONNECTION")
+        keep_alive = is_http11
+        if options is not None:
+            tokens = {token.strip("\t ") for token in options.lower().split(",")}
+            keep_alive = "close" not in tokens and (is_http11 or "keep-alive" in tokens)
+        return Head(environ, is_http11, keep_alive, body_bytes, is_http11 and expectation is not None)
 
-    def _request_line(self, line: str) -> tuple[dict[str, str], bool]:
-        if len(line) > self._max_line_bytes:
-            raise Refusal(414, f"The request line may have at most {self._max_line_bytes} bytes.")
-        match = _REQUEST_LINE.fullmatch(line)
-        if match is None:
-            raise Refusal(400, "The request line is not valid.")
-        method, target, major, minor = match.groups()
-        if major != "1":
-            raise Refusal(505, "The server speaks HTTP/1.1 and HTTP/1.0.")
-        variables = {"REQUEST_METHOD": method, "RAW_URI": target, "SERVER_PROTOCOL": f"HTTP/1.{minor}"}
-        if method == "CONNECT" or target == "*":
-            raise Refusal(501, "The server is not a proxy and has no options of its own.")
-        path = target
-        if not path.startswith("/"):  # absolute-form, RFC 9112 §3.2.2: its authority counts, not the Host field's
-            scheme, separator, rest = target.partition("://")
-            authority, slash, path = rest.partition("/")
-            authority, question, query = authority.partition("?")
-            if scheme.lower() not in ("http", "https") or not separator or not _is_host(authority) or not authority:
-                raise Refusal(400, "The request target is not valid.")
-            variables[""] = authority
-            path = f"/{question}{query}" if not slash else f"/{question}{query}{path}" if question else f"/{path}"
-        path, _, variables["QUERY_STRING"] = path.partition("?")
-        variables["PATH_INFO"] = unquote_to_bytes(path.encode("latin-1")).decode("latin-1") if "%" in path else path
-        return _remember(self._request_lines, line, (variables, minor != "0"))
-
-    def _field_line(self, line: str) -> tuple[str, str]:
-        if len(line) > self._max_field_bytes:
+    def _check_sizes(self, lines: list[str]) -> None:
+        if len(lines[0]) > self._max_line_bytes:
+            raise self._line_too_long()
+        if sum(map(len, lines)) > MAX_HEAD_BYTES:
+            raise _head_too_long()
+        if max(map(len, lines[1:]), default=0) > self._max_field_bytes:
             raise Refusal(431, f"A header field may have at most {self._max_field_bytes} bytes.")
-        match = _FIELD_LINE.fullmatch(line)
-        if match is None:
-            raise Refusal(400, "A header field is not valid.")
-        name, value = match[1].upper(), match[2].rstrip("\t ")
-        if "_" in name:
-            # X_API_Key and X-API-Key would be the same variable: a proxy may have checked only one of them.
-            return _remember(self._field_lines, line, ("", ""))
-        if name == "HOST" and not _is_host(value):
-            raise Refusal(400, "The header field Host is not valid.")
-        key = name.replace("-", "_")
-        if key not in ("CONTENT_LENGTH", "CONTENT_TYPE"):
-            key = f"HTTP_{key}"
-        return _remember(self._field_lines, line, (key, value))
 
-    def framing(self, environ: dict[str, Any], is_http11: bool) -> int | None:
-        """The length of the body in bytes, or None for chunked (RFC 9112 §6.3)."""
+    def _line_too_long(self) -> Refusal:
+        return Refusal(414, f"The request line may have at most {self._max_line_bytes} bytes.")
+
+    def _body_bytes(self, environ: dict[str, Any], is_http11: bool) -> int | None:
+        """RFC 9112 §6.3."""
         coding: str | None = environ.get("HTTP_TRANSFER_ENCODING")
         length: str | None = environ.get("CONTENT_LENGTH")
         if coding is not None:
@@ -145,95 +139,150 @@ class RequestParser:
             return 0
         if not (length.isascii() and length.isdigit()):
             raise Refusal(400, "The header field Content-Length is not valid.")
-        if len(length) > 18 or int(length) > self._max_body_bytes:
-            raise Refusal(413, f"The body may have at most {self._max_body_bytes} bytes.")
+        if len(length) > 18 or int(length) > self.max_body_bytes:
+            raise _body_too_large(self.max_body_bytes)
         return int(length)
+
+
+@lru_cache(MEMO_LINES)
+def _request_line(line: str) -> tuple[dict[str, str], bool, str]:
+    """The variables of a request line, whether it is of HTTP/1.1, and the authority that a target may name."""
+    match = _REQUEST_LINE.fullmatch(line)
+    if match is None:
+        raise Refusal(400, "The request line is not valid.")
+    method, target, major, minor = match.groups()
+    if major != "1":
+        raise Refusal(505, "The server speaks HTTP/1.1 and HTTP/1.0.")
+    if method == "CONNECT" or target == "*":
+        raise Refusal(501, "The server is not a proxy and has no options of its own.")
+    before_query, _, query = target.partition("?")
+    authority, path = "", before_query
+    if not target.startswith("/"):  # absolute-form, RFC 9112 §3.2.2: its authority counts, not the Host field's
+        scheme, _, rest = before_query.partition("://")
+        authority, _, path = rest.partition("/")
+        path = f"/{path}"
+        if scheme.lower() not in ("http", "https") or not authority or not _is_host(authority):
+            raise Refusal(400, "The request target is not valid.")
+    variables = {
+        "REQUEST_METHOD": method,
+        "RAW_URI": target,
+        "SERVER_PROTOCOL": f"HTTP/1.{minor}",
+        "QUERY_STRING": query,
+        "PATH_INFO": unquote_to_bytes(path).decode("latin-1") if "%" in path else path,
+    }
+    return variables, minor != "0", authority
+
+
+@lru_cache(MEMO_LINES)
+def _field(line: str) -> tuple[str, str]:
+    """The variable and the value of a header field."""
+    name, colon, value = line.partition(":")
+    if not colon or not ((value.isascii() and value.isprintable()) or _FIELD_VALUE.fullmatch(value)):
+        raise Refusal(400, "A header field is not valid.")
+    key, value = _field_key(name), value.strip("\t ")
+    if key == "HTTP_HOST" and not _is_host(value):
+        raise Refusal(400, "The header field Host is not valid.")
+    return key, value
+
+
+@lru_cache(MEMO_LINES)
+def _field_key(name: str) -> str:
+    if not _FIELD_NAME.fullmatch(name):
+        raise Refusal(400, "A header field is not valid.")
+    if "_" in name:
+        return ""  # X_API_Key and X-API-Key would be the same variable: a proxy may have checked only one of them
+    key = name.upper().replace("-", "_")
+    return key if key in ("CONTENT_LENGTH", "CONTENT_TYPE") else f"HTTP_{key}"
 
 
 def _is_host(text: str) -> bool:
     return _HOST.fullmatch(text) is not None
 
 
-def _remember(memo: dict[str, _T], line: str, meaning: _T) -> _T:
-    if len(line) <= MEMO_LINE_CHARACTERS:
-        if len(memo) >= MEMO_ENTRIES:
-            memo.clear()
-        memo[line] = meaning
-    return meaning
+def _head_too_long() -> Refusal:
+    return Refusal(431, f"The header section may have at most {MAX_HEAD_BYTES} bytes.")
 
 
-class ChunkedBody:
-    """Decodes a chunked body (RFC 9112 §7.1) fed in pieces; chunk extensions and trailers are dropped."""
+def _body_too_large(max_body_bytes: int) -> Refusal:
+    return Refusal(413, f"The body may have at most {max_body_bytes} bytes.")
 
-    def __init__(self, max_body_bytes: int) -> None:
-        self.body = bytearray()
-        self._max_body_bytes = max_body_bytes
-        self.buffer = bytearray()
-        self._chunk_left = 0  # bytes of the current chunk still to come, its CRLF included
-        self._trailer_bytes: int | None = None
+
+class SizedBody:
+    """A body whose length is known, fed in pieces."""
+
+    def __init__(self, length: int) -> None:
+        self.content = bytearray()
+        self._left = length
 
     def feed(self, data: bytes) -> bytes | None:
         """Take more bytes; returns those after the end of the body, or None where it has not come."""
-        self.buffer += data
+        self.content += data[: self._left]
+        rest = data[self._left :]
+        self._left -= len(data) - len(rest)
+        return None if self._left else rest
+
+
+class ChunkedBody:
+    """A chunked body (RFC 9112 §7.1), fed in pieces; chunk extensions and trailers are dropped."""
+
+    def __init__(self, max_body_bytes: int) -> None:
+        self.content = bytearray()
+        self._max_body_bytes = max_body_bytes
+        self._line = b""  # the beginning of a line
+        self._left = 0  # bytes of the current chunk still to come
+        self._is_in_chunk = False  # or at its CRLF
+        self._trailer_bytes = -1  # none yet: the last chunk has not come
+
+    def feed(self, data: bytes) -> bytes | None:
+        """Take more bytes; returns those after the end of the body, or None where it has not come."""
+        data = self._line + data
+        at = 0
         while True:
-            if self._chunk_left:
-                if not self._take_data():
-                    return None
+            if self._is_in_chunk:
+                piece = data[at : at + self._left]
+                self.content += piece
+                self._left -= len(piece)
+                at += len(piece)
+                crlf = data[at : at + 2]
+                if crlf != b"\r\n":
+                    if self._left == 0 and not b"\r\n".startswith(crlf):
+                        raise Refusal(400, "A chunk does not end where it says.")
+                    break
+                self._is_in_chunk = False
+                at += 2
+            end = data.find(b"\n", at)
+            is_trailer = self._trailer_bytes >= 0
+            length = (end if end >= 0 else len(data)) - at
+            if length > (MAX_TRAILER_BYTES if is_trailer else MAX_CHUNK_LINE_BYTES):
+                raise Refusal(400, "A line of the chunked body is too long.")
+            if end < 0:
+                break
+            if data[end - 1 : end] != b"\r" or not length:
+                raise Refusal(400, "A line of the chunked body does not end in CRLF.")
+            line = data[at : end - 1]
+            at = end + 1
+            if not is_trailer:
+                self._begin_chunk(line)
+            elif line:
+                self._check_trailer(line)
             else:
-                line = self._take_line()
-                if line is None:
-                    return None
-                if self._trailer_bytes is not None:
-                    if not line:
-                        return bytes(self.buffer)
-                    self._check_trailer(line)
-                else:
-                    self._begin_chunk(line)
-
-    def _take_data(self) -> bool:
-        data_left = self._chunk_left - 2
-        if data_left > 0:
-            piece = self.buffer[:data_left]
-            del self.buffer[:data_left]
-            self.body += piece
-            self._chunk_left -= len(piece)
-        if self._chunk_left > 2 or len(self.buffer) < self._chunk_left:
-            if self._chunk_left == 2 and self.buffer and self.buffer[0] != 13:
-                raise Refusal(400, "A chunk does not end where it says.")
-            return False
-        if self.buffer[:2] != b"\r\n":
-            raise Refusal(400, "A chunk does not end where it says.")
-        del self.buffer[:2]
-        self._chunk_left = 0
-        return True
-
-    def _take_line(self) -> bytes | None:
-        end = self.buffer.find(b"\n")
-        limit = MAX_CHUNK_LINE_BYTES if self._trailer_bytes is None else MAX_TRAILER_BYTES
-        if end > limit or (end < 0 and len(self.buffer) > limit):
-            raise Refusal(400, "A line of the chunked body is too long.")
-        if end < 0:
-            return None
-        line = bytes(self.buffer[: end + 1])
-        del self.buffer[: end + 1]
-        if not line.endswith(b"\r\n"):
-            raise Refusal(400, "A line of the chunked body does not end in CRLF.")
-        return line[:-2]
+                return data[at:]
+        self._line = data[at:]
+        return None
 
     def _begin_chunk(self, line: bytes) -> None:
         match = _CHUNK_LINE.fullmatch(line)
         if match is None:
             raise Refusal(400, "A chunk size is not valid.")
-        size = int(match[1], 16)
-        if size == 0:
+        self._left = int(match[1], 16)
+        if self._left == 0:
             self._trailer_bytes = 0
-        elif len(self.body) + size > self._max_body_bytes:
-            raise Refusal(413, f"The body may have at most {self._max_body_bytes} bytes.")
+        elif len(self.content) + self._left > self._max_body_bytes:
+            raise _body_too_large(self._max_body_bytes)
         else:
-            self._chunk_left = size + 2
+            self._is_in_chunk = True
 
     def _check_trailer(self, line: bytes) -> None:
-        assert self._trailer_bytes is not None  # noqa: S101 - for the type checker
         self._trailer_bytes += len(line)
         if self._trailer_bytes > MAX_TRAILER_BYTES or not _TRAILER_LINE.fullmatch(line):
             raise Refusal(400, "A trailer field is not valid.")

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
+from wsgiref.util import is_hop_by_hop
 
 from inference_api import problems
 
@@ -30,21 +31,7 @@ _STATUS = re.compile(r"[2-9][0-9]{2} [\t\x20-\x7e]*")
 _FIELD_NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,256}")
 _FIELD_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 _KNOWN_NAMES = frozenset({"content-type", "content-length", "x-request-id", "x-model", "cache-control"})
-_NOT_THE_APPLICATIONS = frozenset(
-    {
-        "connection",
-        "date",
-        "keep-alive",
-        "proxy-authenticate",
-        "proxy-authorization",
-        "proxy-connection",
-        "server",
-        "te",
-        "trailer",
-        "transfer-encoding",
-        "upgrade",
-    }
-)
+_SERVERS_OWN = frozenset({"date", "server"})
 
 
 class GoneError(Exception):
@@ -147,16 +134,15 @@ def problem_answer(exchange: Exchange, status: int, detail: str, more: Headers |
 class Answer:
     """What the application gives, checked and framed (PEP 3333, RFC 9112 §6)."""
 
-    __slots__ = ("_exchange", "_headers", "_is_bodiless", "_is_chunked", "_left", "_server", "_status")
+    _status: str | None = None
+    _headers: Headers
+    _is_chunked = False
+    _is_bodiless = False
+    _left: int | None = None  # bytes of the declared length that have not come yet
 
     def __init__(self, exchange: Exchange, server: Server) -> None:
         self._exchange = exchange
         self._server = server
-        self._status: str | None = None
-        self._headers: Headers = []
-        self._is_chunked = False
-        self._is_bodiless = False
-        self._left: int | None = None  # bytes of the declared length that have not come yet
 
     def start_response(self, status: str, headers: Headers, exc_info: ExcInfo | None = None) -> Callable[[bytes], None]:
         """PEP 3333's start_response; raises AssertionError or ValueError for what an application may not do."""
@@ -170,95 +156,91 @@ class Answer:
             raise AssertionError("start_response() was called twice without exc_info")
         if not _STATUS.fullmatch(status):
             raise ValueError(f"the status is not valid: {status!r}")
-        self._left = _check_headers(headers)
+        self._headers, self._left = _checked(headers)
         self._status = status
-        self._headers = headers
         return self.write
 
     def write(self, data: bytes) -> None:
         """Send a piece of the body now; waits where the client does not keep up. PEP 3333's write()."""
-        exchange = self._exchange
+        exchange, excess = self._exchange, b""
         if exchange.abandoned:
             raise GoneError
-        if not exchange.is_begun:
-            self._begin(None)
-        if self._is_bodiless or not (data := self._within_length(data)):
+        if not isinstance(data, bytes):
+            raise TypeError("a piece of the body is not bytes")
+        if not data:
             return
-        self._deliver(b"%x\r\n%b\r\n" % (len(data), data) if self._is_chunked else data)
+        piece = b"" if exchange.is_begun else self._stream_head()
+        if not self._is_bodiless:
+            if self._left is not None:
+                data, excess = data[: self._left], data[self._left :]
+                self._left -= len(data)
+            piece += b"%x\r\n%b\r\n" % (len(data), data) if self._is_chunked else data
+        if piece:
+            self._deliver(piece)
+        if excess:
+            raise ValueError("the body is longer than its Content-Length")
 
     def finish(self, result: Iterable[bytes]) -> None:
         """Send all of what the application returned."""
-        if type(result) is list and len(result) <= 1 and not self._exchange.is_begun:
-            # The usual case: a body that is there, in one piece with its head.
-            body = result[0] if result else b""
-            self._begin(body)
+        if type(result) is list and not self._exchange.is_begun:  # all of it is there
+            self._send_whole(b"".join(result))
+            return
+        for data in result:
+            self.write(data)
+        if not self._exchange.is_begun:
+            self._send_whole(b"")
+        elif self._left and not self._is_bodiless:
+            raise ValueError("the body is shorter than its Content-Length")
         else:
-            for data in result:
-                if data or not self._status:
-                    self.write(data)
-            if not self._exchange.is_begun:
-                self._begin(b"")
-                return
-            is_cut_off = bool(self._left) and not self._is_bodiless
-            if is_cut_off:
-                log.error("the answer is shorter than its Content-Length", extra=fields_of(self._exchange))
-            last = b"0\r\n\r\n" if self._is_chunked and not self._is_bodiless else b""
-            self._end(None if is_cut_off else last)
-
-    def _begin(self, body: bytes | None) -> None:
-        """Send the head: with the whole body, or with None before pieces of it."""
-        exchange = self._exchange
-        if self._status is None:
-            raise AssertionError("the application did not call start_response() before its first piece of body")
-        exchange.status = int(self._status[:3])
-        self._is_bodiless = exchange.method == "HEAD" or exchange.status in (204, 304)
-        if self._server.closing:
-            exchange.keep_alive = False
-        headers = self._headers
-        if body is None:
-            if self._left is None and not self._is_bodiless:
-                if exchange.is_http11:
-                    self._is_chunked = True
-                    headers = [*headers, ("Transfer-Encoding", "chunked")]
-                else:
-                    exchange.keep_alive = False
-            exchange.room = threading.Event()
-            output, is_last = head(self._status, headers, exchange), False
-        else:
-            if self._left is None:
-                if exchange.status not in (204, 304) and exchange.method != "HEAD":
-                    headers = [*headers, ("Content-Length", str(len(body)))]
-            elif self._left != len(body) and not self._is_bodiless:
-                log.error("the answer's body is not as long as its Content-Length", extra=fields_of(exchange))
-                if len(body) < self._left:
-                    raise ValueError("the body is shorter than its Content-Length")
-                body = body[: self._left]
-            output, is_last = head(self._status, headers, exchange), True
-            if not self._is_bodiless:
-                output += body
-        exchange.is_begun = True
-        if is_last:
-            self._end(output)
-        else:
-            self._deliver(output)
-
-    def _within_length(self, data: bytes) -> bytes:
-        if self._left is None:
-            return data
-        if len(data) > self._left:
-            log.error("the answer is longer than its Content-Length", extra=fields_of(self._exchange))
-        data = data[: self._left]
-        self._left -= len(data)
-        return data
+            self._end(b"0\r\n\r\n" if self._is_chunked else b"")
 
     def give_up(self) -> None:
         """End the answer after a failure: with a problem where nothing has been sent, else cut off."""
         exchange = self._exchange
-        if not exchange.is_done:
-            self._end(None if exchange.is_begun else problem_answer(exchange, 500, FAILED))
+        if exchange.is_done:
+            return
+        if not exchange.is_begun:
+            self._end(problem_answer(exchange, 500, FAILED))
+        else:
+            self._end(b"" if self._left == 0 else None)  # all that was promised has come, or not
+
+    def _send_whole(self, body: bytes) -> None:
+        """The usual case: the head, and all of the body with it."""
+        status, headers = self._open(), self._headers
+        if self._left is None:
+            if body or not self._is_bodiless:
+                headers = [*headers, ("Content-Length", str(len(body)))]
+        elif self._left != len(body) and not self._is_bodiless:
+            raise ValueError("the body is not as long as its Content-Length")
+        self._end(head(status, headers, self._exchange) + (b"" if self._is_bodiless else body))
+
+    def _stream_head(self) -> bytes:
+        """The head before pieces of a body."""
+        status, headers, exchange = self._open(), self._headers, self._exchange
+        if self._left is None and not self._is_bodiless:
+            if exchange.is_http11:
+                self._is_chunked = True
+                headers = [*headers, ("Transfer-Encoding", "chunked")]
+            else:
+                exchange.keep_alive = False
+        exchange.is_begun = True
+        exchange.room = threading.Event()
+        return head(status, headers, exchange)
+
+    def _open(self) -> str:
+        status, exchange = self._status, self._exchange
+        if status is None:
+            raise AssertionError("the application did not call start_response() before its first piece of body")
+        exchange.status = int(status[:3])
+        self._is_bodiless = exchange.method == "HEAD" or exchange.status in (204, 304)
+        if exchange.status == 204 and self._left is not None:  # RFC 9110 §8.6
+            self._headers = [field for field in self._headers if field[0].lower() != "content-length"]
+        if self._server.closing:
+            exchange.keep_alive = False
+        return status
 
     def _end(self, data: bytes | None) -> None:
-        self._exchange.is_done = True
+        self._exchange.is_begun = self._exchange.is_done = True
         self._server.deliver(self._exchange, data, True)
 
     def _deliver(self, data: bytes) -> None:
@@ -273,17 +255,27 @@ class Answer:
                 raise GoneError
 
 
-def _check_headers(headers: Headers) -> int | None:
-    """Refuse fields that an application may not send (PEP 3333); returns the Content-Length."""
+def _checked(headers: Headers) -> tuple[Headers, int | None]:
+    """Refuse fields that an application may not send (PEP 3333); returns the others, and the Content-Length.
+
+    Date and Server are the server's own (RFC 9110 §6.6.1, §10.2.4): the application's are left out.
+    """
     length: int | None = None
+    unwanted = False
     for name, value in headers:
-        if name not in _KNOWN_NAMES and (not _FIELD_NAME.fullmatch(name) or name.lower() in _NOT_THE_APPLICATIONS):
-            raise ValueError(f"the header field is not the application's to send: {name!r}")
+        known = name
+        if name not in _KNOWN_NAMES:
+            known = name.lower()
+            if not _FIELD_NAME.fullmatch(name) or is_hop_by_hop(name):
+                raise ValueError(f"the header field is not the application's to send: {name!r}")
+            unwanted = unwanted or known in _SERVERS_OWN
         if not (value.isascii() and value.isprintable()) and not _FIELD_VALUE.fullmatch(value):
             raise ValueError(f"the value of the header field {name} is not valid")
-        if name == "content-length" or name.lower() == "content-length":
+        if known == "content-length":
+            if length is not None or not (value.isascii() and value.isdigit()):
+                raise ValueError("the Content-Length is not valid")
             length = int(value)
-    return length
+    return [field for field in headers if field[0].lower() not in _SERVERS_OWN] if unwanted else headers, length
 
 
 def fields_of(exchange: Exchange) -> dict[str, str]:
