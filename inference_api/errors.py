@@ -27,6 +27,7 @@ _DETAILS = {
     404: "There is nothing at this path.",
     405: "The path does not answer this method.",
 }
+_OWN_DESCRIPTIONS = frozenset({401, 413, 415, 503})  # raised by this package only, see resources.py
 
 
 def request_id(req: falcon.Request) -> str:
@@ -50,16 +51,8 @@ def _http_error(req: falcon.Request, resp: falcon.Response, exc: falcon.HTTPErro
     status = exc.status_code
     if exc.headers:
         resp.set_headers(dict(exc.headers))
-    answer(req, resp, status, _detail(exc))
-
-
-def _detail(exc: falcon.HTTPError) -> str:
-    if exc.status_code in _OWN_DESCRIPTIONS and exc.description:
-        return exc.description
-    return _DETAILS.get(exc.status_code) or problems.title(exc.status_code)
-
-
-_OWN_DESCRIPTIONS = frozenset({401, 413, 415, 503})  # raised by this package only, see resources.py
+    detail = exc.description if status in _OWN_DESCRIPTIONS else _DETAILS.get(status)
+    answer(req, resp, status, detail or problems.title(status))
 
 
 def _malformed(req: falcon.Request, resp: falcon.Response, _exc: MalformedError, _params: Any) -> None:

@@ -21,6 +21,7 @@ MAX_NESTING = 200
 What can be decoded must leave room on the stack for the model, and for encoding what it makes of it.
 """
 
+_NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _STEP = re.compile(r"\.([^.\[`]+)|\[([0-9]+)\]")
 # Others may quote what the client sent, which stands in no answer and in no log.
 _SAFE_MESSAGES = ("Expected ", "Object missing required field ", "Number out of range")
@@ -82,7 +83,7 @@ class Schema:
         except msgspec.ValidationError as exc:
             # A typed decode stops at the first wrong shape; what follows may not be JSON at all.
             raise self._shape_error(str(exc), _json(body)) from exc
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        except _NOT_JSON as exc:
             raise MalformedError from exc
         if not self._is_bounded:
             _check_nesting(body)
@@ -118,9 +119,10 @@ class Schema:
 
     def _shape_error(self, message: str, request: Any) -> ShapeError:
         """From msgspec's words and the request as plain JSON; the client's own words are left out of it."""
-        what, _, place = message.rpartition(" - at `") if message.endswith("`") else ("", "", "")
+        what, located, place = message.rpartition(" - at `")
+        steps = place.partition("$")[2].partition("[...]")[0] if located else ""
         pointer = ""
-        for name, index in _STEP.findall(place.partition("$")[2].partition("[...]")[0]):
+        for name, index in _STEP.findall(steps):
             try:
                 request = request[name or int(index)]
             except (LookupError, TypeError):  # the name of an unknown field may read like a place
@@ -143,7 +145,7 @@ def _one_or_many(struct: Any) -> Any:
 def _json(body: bytes) -> Any:
     try:
         return msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+    except _NOT_JSON as exc:
         raise MalformedError from exc
 
 

@@ -2,12 +2,14 @@
 
 import json
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import falcon
 import pytest
 
 from inference_api.app import create_starting_app
+from inference_api.logs import JSONFormatter
 from tests import fakes
 from tests.app.client import Client, call, problem
 
@@ -173,3 +175,54 @@ def ask(app: falcon.App[Any, Any], path: str) -> tuple[str, Any]:
     status, headers, body = call(client, PATH_INFO=path)
     assert ("retry-after" in headers) == (not path.startswith("/health"))
     return status, json.loads(body)
+
+
+class Lines(logging.Handler):
+    """Keeps the fields of every line, as they are when it is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fields: list[dict[str, Any]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.fields.append(JSONFormatter().fields(record))
+
+
+@pytest.fixture
+def lines() -> Iterator[list[dict[str, Any]]]:
+    """What is logged meanwhile."""
+    handler = Lines()
+    logging.getLogger("inference_api").addHandler(handler)
+    yield handler.fields
+    logging.getLogger("inference_api").removeHandler(handler)
+
+
+TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
+
+
+@pytest.mark.parametrize(
+    ("traceparent", "trace_id"),
+    [
+        (f"00-{TRACE_ID}-00f067aa0ba902b7-01", TRACE_ID),
+        (f"cc-{TRACE_ID}-00f067aa0ba902b7-01-more", TRACE_ID),
+        ("", None),
+        (f"00-{'0' * 32}-00f067aa0ba902b7-01", None),
+        (f"00-{TRACE_ID.upper()}-00f067aa0ba902b7-01", None),
+        (f"00-{TRACE_ID}-00f067aa0ba902b7-01-more", None),
+        (f"ff-{TRACE_ID}-00f067aa0ba902b7-01", None),
+        ("\xff\x85", None),
+    ],
+)
+def test_the_log_has_a_failure_under_the_ids_of_its_request(
+    fake_client: Client, lines: list[dict[str, Any]], traceparent: str, trace_id: str | None
+) -> None:
+    """The request's id that the client got, and the trace id of a valid traceparent (W3C Trace Context)."""
+    answer = fake_client.post("/broken", {"how": "raise"}, Traceparent=traceparent)
+    (line,) = lines
+    assert line["request_id"] == answer.headers["X-Request-ID"] == answer.json["request_id"]
+    assert line.get("trace_id") == trace_id
+    assert (line["level"], line["message"], line["path"]) == ("ERROR", "inference failed", "/broken")
+    assert "RuntimeError" in line["exception"]
+    fake_client.get("/health")
+    logging.getLogger("inference_api").error("of no request")
+    assert "request_id" not in lines[-1]

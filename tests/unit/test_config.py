@@ -341,3 +341,10 @@ def test_the_example_file_says_what_each_variable_means() -> None:
     text = (PROJECT / ".env.example").read_text()
     for name, default, meaning in Settings.variables():
         assert f"# {meaning}\n{name}={default}\n" in text
+
+
+def test_the_readme_holds_every_variable_with_its_default() -> None:
+    """Its table is in the order of the settings, too; † marks what holds on the project's own worker only."""
+    text = (PROJECT / "README.md").read_text()
+    rows = re.findall(r"^\| `([A-Z_]+)`(?: †)? \|(?: `([^`]+)`)? \| \S", text, re.MULTILINE)
+    assert rows == [(name, default) for name, default, _ in Settings.variables()]
