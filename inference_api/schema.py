@@ -97,11 +97,12 @@ class Schema:
 
     def encode_answer(self, echoes: Sequence[bytes], outputs: Sequence[Any], is_array: bool) -> bytes:
         """The answer's body; raises InferenceError where an output is not JSON or not of the promised type."""
-        answers = [
-            b'{"input":%b,"prediction":%b}' % (echo, self._encode_output(output))
-            for echo, output in zip(echoes, outputs, strict=True)
-        ]
-        return b"[%b]" % b",".join(answers) if is_array else answers[0]
+        if not is_array:
+            return b'{"input":%b,"prediction":%b}' % (echoes[0], self._encode_output(outputs[0]))
+        pairs = zip(echoes, outputs, strict=True)
+        return b"[%b]" % b",".join(
+            [b'{"input":%b,"prediction":%b}' % (echo, self._encode_output(output)) for echo, output in pairs]
+        )
 
     def _encode_output(self, output: Any) -> bytes:
         try:
