@@ -428,7 +428,8 @@ class Loop:
                 if connection.since == since and connection.phase in _IDLE_PHASES and connection in self._connections:
                     self._close(connection)
                     return True
-            idle = ((c, c.since) for c in self._connections if c.phase in _IDLE_PHASES)
+            # Not one that was accepted in this very turn: nobody has looked yet whether its request has come.
+            idle = ((c, c.since) for c in self._connections if c.phase in _IDLE_PHASES and c.since < self._now)
             self._evictable = sorted(idle, key=itemgetter(1), reverse=True)
         return False
 
