@@ -31,7 +31,7 @@ STATUSES = (
     *(400, 401, 403, 404, 405, 406, 408, 411, 413, 414, 415, 416, 417, 422, 429, 431, 499),
     *(500, 501, 502, 503, 504, 505),
 )
-REASONS = ("pending", "deadline", "draining", "stuck")
+REASONS = ("pending", "deadline", "stuck")
 # For the models' routes these are shown from 0: Prometheus sees no increase in a series that begins with its burst.
 STATUSES_FROM_ZERO = (200, 500, 503, 504)
 GAUGES = {

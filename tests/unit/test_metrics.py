@@ -84,7 +84,6 @@ def test_the_text_of_a_small_example_is_exact() -> None:
         # TYPE inference_api_requests_shed_total counter
         inference_api_requests_shed_total{reason="pending"} 0.0
         inference_api_requests_shed_total{reason="deadline"} 1.0
-        inference_api_requests_shed_total{reason="draining"} 0.0
         inference_api_requests_shed_total{reason="stuck"} 0.0
         # HELP inference_api_worker_starts_total Worker processes started.
         # TYPE inference_api_worker_starts_total counter
