@@ -205,6 +205,12 @@ def wait_for(condition: Callable[[], bool], seconds: float, describe: Callable[[
         time.sleep(0.02)
 
 
+def memory(pid: int) -> dict[str, int]:
+    """A process's memory in bytes, by the names of smaps_rollup."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+    return {name: int(value.split()[0]) * 1024 for name, value in (line.split(":") for line in lines)}
+
+
 def read_to_end(client: socket.socket) -> bytes:
     """All that comes until the server closes; a reset counts as its close."""
     received = b""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.live.service import START_SECONDS, WAIT_SECONDS, Service, running, wait_for
+from tests.live.service import START_SECONDS, WAIT_SECONDS, Service, memory, running, wait_for
 
 MIB = 1_048_576
 WEIGHTS_BYTES = 200 * 1_000_000
@@ -68,12 +68,6 @@ class SlowToWarmUp(Slow):
     load = None
 """
 WORKERS = 4
-
-
-def memory(pid: int) -> dict[str, int]:
-    """A process's memory in bytes, by the names of smaps_rollup."""
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
-    return {name: int(value.split()[0]) * 1024 for name, value in (line.split(":") for line in lines)}
 
 
 def pss(service: Service) -> int:

@@ -1,0 +1,193 @@
+"""SIGHUP and MAX_REQUESTS while clients send all the time: new weights, new settings, refusals, and nothing lost."""
+
+import contextlib
+import http.client
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.live.service import WAIT_SECONDS, Service, memory, running, wait_for
+
+MIB = 1_048_576
+KEEP_ALIVE_CLIENTS = NEW_CONNECTION_CLIENTS = 16
+RELOADS = 10
+RECYCLED_REQUESTS = 10_000
+
+MODELS = r"""
+import pathlib, threading
+
+class Weights:
+    name, version = "weights", "1.0.0"
+
+    def load(self):
+        self.weights = pathlib.Path(__file__).with_name("weights").read_text()
+        if self.weights == "damaged":
+            raise ValueError("the weights are damaged")
+        if self.weights == "exits":
+            raise SystemExit(3)
+        if self.weights == "threads":
+            thread = threading.Thread(target=threading.Event().wait, args=(3,), daemon=True)
+            thread.start()
+        self.much = bytearray(b"1" * 20 * 2**20)
+
+    def predict(self, text: str) -> str:
+        return self.weights
+"""
+
+
+class Traffic:
+    """Clients that send all the time, half of them on a new connection each time; whatever is not a 200 is lost."""
+
+    def __init__(self, service: Service) -> None:
+        self.answered = 0
+        self.lost: list[str] = []
+        self._service = service
+        self._is_over = threading.Event()
+        self._lock = threading.Lock()
+        self._threads = [
+            threading.Thread(target=self._run, args=(number < KEEP_ALIVE_CLIENTS,))
+            for number in range(KEEP_ALIVE_CLIENTS + NEW_CONNECTION_CLIENTS)
+        ]
+
+    def _run(self, keeps_alive: bool) -> None:
+        headers = {"Content-Type": "application/json"} | ({} if keeps_alive else {"Connection": "close"})
+        connection = http.client.HTTPConnection("127.0.0.1", self._service.port, timeout=WAIT_SECONDS)
+        with contextlib.closing(connection):  # which connects anew after an answer with Connection: close
+            while not self._is_over.is_set():
+                try:
+                    connection.request("POST", "/predict", b'{"text": "Hello"}', headers)
+                    response = connection.getresponse()
+                    body = response.read()
+                    problem = "" if response.status == 200 else f"{response.status} {body!r}"
+                except (OSError, http.client.HTTPException) as exc:
+                    problem = repr(exc)
+                    connection.close()
+                with self._lock:
+                    self.answered += not problem
+                    if problem:
+                        self.lost.append(problem)
+
+    def __enter__(self) -> "Traffic":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        for thread in self._threads:
+            thread.join()
+
+    def goes_on(self) -> None:
+        """Waits until each client may have had some more answers."""
+        enough = self.answered + 2 * len(self._threads)
+        wait_for(lambda: self.answered >= enough or bool(self.lost), WAIT_SECONDS)
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[Service]:
+    (tmp_path / "weights").write_text("first")
+    with running(tmp_path, MODELS, MODELS="predict=models:Weights", WEB_CONCURRENCY="2", ACCESS_LOG="off") as service:
+        yield service
+
+
+def served(service: Service) -> str:
+    prediction: str = service.post("/predict", {"text": "Hello"}).json["prediction"]
+    return prediction
+
+
+def lines(service: Service, beginning: str) -> list[dict[str, Any]]:
+    return [line for line in service.log() if line["message"].startswith(beginning)]
+
+
+def reload(service: Service) -> None:
+    """A reload that must succeed: it is over when all old workers are gone."""
+    before, old = len(lines(service, "reloaded")), set(service.workers())
+    service.signal(signal.SIGHUP)
+    wait_for(
+        lambda: len(lines(service, "reloaded")) == before + 1 and not old & set(service.workers()),
+        WAIT_SECONDS,
+        lambda: service.output,
+    )
+
+
+def refused_reload(service: Service) -> str:
+    """A reload that must be refused; returns the log's words."""
+    before, workers = len(lines(service, "reload refused")), service.workers()
+    service.signal(signal.SIGHUP)
+    wait_for(lambda: len(lines(service, "reload refused")) == before + 1, WAIT_SECONDS, lambda: service.output)
+    assert service.workers() == workers
+    line = lines(service, "reload refused")[-1]
+    assert line["level"] == "ERROR" and "exception" not in line
+    message: str = line["message"]
+    return message.removeprefix("reload refused, the old workers serve on: ")
+
+
+def test_reloads_under_load_lose_nothing(service: Service) -> None:
+    """Ten SIGHUPs, each with new weights: served by all workers afterwards, no request lost, no memory kept."""
+    sizes = []
+    with Traffic(service) as traffic:
+        for number in range(RELOADS):
+            traffic.goes_on()
+            (service.folder / "weights").write_text(f"weights {number}")
+            reload(service)
+            assert {served(service) for _ in range(8)} == {f"weights {number}"}
+            sizes.append(memory(service.process.pid)["Rss"])
+        traffic.goes_on()
+    assert traffic.lost == []
+    assert traffic.answered > 100 * RELOADS
+    assert sizes[-1] < sizes[1] + 10 * MIB  # one copy of the weights has 20
+
+
+def test_a_failed_reload_leaves_the_old_workers_serving(service: Service) -> None:
+    """Bad weights, then bad settings: the log says why, the same workers serve on; once all is well it is served."""
+    env = service.folder / ".env"
+    spec = "MODELS: predict=models:Weights: load() failed: "
+    with Traffic(service) as traffic:
+        for weights, why in (("damaged", "ValueError: the weights are damaged"), ("exits", "SystemExit: 3")):
+            (service.folder / "weights").write_text(weights)
+            assert refused_reload(service) == spec + why
+            assert served(service) == "first"
+        (service.folder / "weights").write_text("second")
+        for text, reason in (
+            ("MAX_BATCH_SIZE=many", "MAX_BATCH_SIZE='many' is not allowed: it must be a whole number from 1 to 1024"),
+            ("WORKER_CLASS=no.such.Worker", "WORKER_CLASS='no.such.Worker' is not allowed: "),
+            ("REQUEST_TIMEOUT=60", "REQUEST_TIMEOUT=60 is not allowed: "),
+            ("KEY=\xff", ".env cannot be read: "),
+        ):
+            env.write_text(text, encoding="latin-1")
+            assert refused_reload(service).startswith(reason)
+            assert served(service) == "first"
+        env.write_text("MAX_BODY_BYTES=100\n")
+        reload(service)
+        assert served(service) == "second"
+        traffic.goes_on()
+    assert traffic.lost == []
+    assert service.post("/predict", {"text": "x" * 100}).status == 413
+
+
+def test_a_reload_that_starts_threads_is_refused(service: Service) -> None:
+    """They would not exist in the new workers; when they have ended, a reload works again."""
+    (service.folder / "weights").write_text("threads")
+    assert "set PRELOAD=false" in refused_reload(service)
+    assert served(service) == "first"
+    (service.folder / "weights").write_text("second")
+    wait_for(lambda: len(list(Path(f"/proc/{service.process.pid}/task").iterdir())) == 1, WAIT_SECONDS)
+    reload(service)
+    assert served(service) == "second"
+
+
+def test_recycled_workers_lose_nothing(tmp_path: Path) -> None:
+    """MAX_REQUESTS=200, ten thousand requests: dozens of workers come and go, and nobody notices."""
+    with (
+        running(
+            tmp_path, WEB_CONCURRENCY="2", MAX_REQUESTS="200", MAX_REQUESTS_JITTER="20", ACCESS_LOG="off"
+        ) as service,
+        Traffic(service) as traffic,
+    ):
+        wait_for(lambda: traffic.answered >= RECYCLED_REQUESTS or bool(traffic.lost), 3 * WAIT_SECONDS)
+    assert traffic.lost == []
+    assert len(lines(service, "leaving after MAX_REQUESTS")) >= 10  # it is looked at ten times a second
