@@ -215,7 +215,10 @@ class Loop:
             self._client_ended(connection)
         elif phase is Phase.IDLE or phase is Phase.READING:
             self._advance(connection, data)
-        elif phase is not Phase.LINGERING:
+        elif phase is Phase.LINGERING:  # it reads its answer when it has sent all, which is thrown away
+            latest = connection.since + self._settings.read_timeout
+            connection.expires = min(self._now + LINGER_SECONDS, latest)
+        else:
             connection.buffer += data
             if len(connection.buffer) > MAX_PIPELINED_BYTES:
                 self._watch(connection, connection.events & ~READ)

@@ -122,6 +122,17 @@ def test_refusal_is_readable_after_sending_all(service: Service, framing: bytes)
     assert is_problem(answer, 413)
 
 
+def test_refusal_is_readable_after_sending_slowly(service: Service) -> None:
+    """The same holds for a client that takes its time to send all."""
+    with service.connect() as client:
+        client.sendall(HEAD + b"Content-Length: 10000000\r\n\r\n")
+        for _ in range(8):
+            time.sleep(0.2)
+            client.sendall(b" " * 1_000)
+        (answer,) = answers(read_to_end(client))
+    assert is_problem(answer, 413)
+
+
 def test_expect_continue(service: Service) -> None:
     """A client that waits for 100 gets it, then its answer; one that does not wait gets only its answer."""
     with service.connect() as client:
