@@ -428,13 +428,21 @@ class Loop:
         for _ in range(2):
             while self._evictable:
                 connection, since = self._evictable.pop()
-                if connection.since == since and connection.phase in _IDLE_PHASES and connection in self._connections:
+                if connection.since == since and self._is_idle(connection):
                     self._close(connection)
                     return True
             # Not one that was accepted in this very turn: nobody has looked yet whether its request has come.
             idle = ((c, c.since) for c in self._connections if c.phase in _IDLE_PHASES and c.since < self._now)
             self._evictable = sorted(idle, key=itemgetter(1), reverse=True)
         return False
+
+    def _is_idle(self, connection: Connection) -> bool:
+        if connection.phase not in _IDLE_PHASES or connection not in self._connections:
+            return False
+        try:
+            return connection.phase is Phase.LINGERING or not connection.sock.recv(1, socket.MSG_PEEK)
+        except OSError:  # nothing has come that is not read yet
+            return True
 
     def _lost(self, connection: Connection) -> None:
         """The client has gone; what it still waits for is not worth doing."""
