@@ -1,30 +1,19 @@
 """The listening sockets: connections are let in while there is room, and none is lost when they close."""
 
-import array
+import contextlib
 import errno
 import logging
 import selectors
 import socket
-import struct
 from collections.abc import Callable, Sequence
 
 ACCEPTS_PER_TURN = 16
 PAUSE_SECONDS = 0.1
 LAST_ACCEPT_SECONDS = 0.5
-SO_ATTACH_FILTER = 26
+MOST_HOPS = 255
+IP_MINTTL, IPV6_MINHOPCOUNT = 21, 73  # Linux's numbers, which Python does not name
 
 log = logging.getLogger("inference_api.worker")
-
-_DROP_LONE_SYN = b"".join(
-    struct.pack("HBBI", *instruction)
-    for instruction in (
-        (0x30, 0, 0, 13),  # load the byte of TCP flags
-        (0x54, 0, 0, 0x12),  # keep SYN and ACK
-        (0x15, 0, 1, 0x02),  # SYN alone?
-        (0x06, 0, 0, 0),  # drop
-        (0x06, 0, 0, 0xFFFFFFFF),  # pass
-    )
-)
 _OUT_OF_RESOURCES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
@@ -67,7 +56,11 @@ class Listener:
     def close(self, now: float) -> None:
         """Close the sockets, but let in first who has knocked before: that takes LAST_ACCEPT_SECONDS."""
         for sock in self._sockets:
-            _drop_new_connections(sock)
+            try:
+                # A client in the backlog of a socket that closes is reset; one that is ignored tries again.
+                _ignore_below(MOST_HOPS, sock)
+            except OSError as exc:
+                log.warning("new connections cannot be held off while closing: %s", exc.strerror)
         self._closes_at = now + LAST_ACCEPT_SECONDS
 
     def tick(self, now: float) -> None:
@@ -118,22 +111,20 @@ class Listener:
                 return False
             self._is_short = False
             sock.setblocking(False)
+            with contextlib.suppress(OSError):
+                _ignore_below(0, sock)  # set where another worker is closing its listener
             address, port = (str(peer[0]), str(peer[1])) if isinstance(peer, tuple) else ("", "")
             self._admit(sock, address, port)
         return True
 
 
-def _drop_new_connections(listener: socket.socket) -> None:
-    """Make the kernel ignore new connections, so that none is in the backlog when the listener is closed.
+def _ignore_below(hops: int, sock: socket.socket) -> None:
+    """Make the kernel ignore packets to this socket with fewer hops left (RFC 5082): with MOST_HOPS nearly all of them.
 
-    Their clients' kernels try again; a closed listener would have reset them. A classic BPF program (Linux socket(7),
-    SO_ATTACH_FILTER): drop segments with SYN and without ACK, let pass what belongs to handshakes under way.
+    On a listener this holds off new connections while handshakes under way go on, whose sockets inherit it. Unlike a
+    packet filter, which newer kernels keep for CAP_NET_ADMIN, it needs no privilege.
     """
-    if listener.family not in (socket.AF_INET, socket.AF_INET6):
-        return
-    kept = array.array("B", _DROP_LONE_SYN)  # the kernel is given its address: it must live until the call has returned
-    address, length = kept.buffer_info()
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HL", length // 8, address))
-    except OSError as exc:
-        log.warning("new connections cannot be held off while closing: %s", exc.strerror)
+    if sock.family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, IPV6_MINHOPCOUNT, hops)
+    if sock.family in (socket.AF_INET, socket.AF_INET6):  # IPv4 comes to IPv6 sockets, too
+        sock.setsockopt(socket.IPPROTO_IP, IP_MINTTL, hops)
