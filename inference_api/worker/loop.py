@@ -40,7 +40,6 @@ READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
 log = logging.getLogger("inference_api.worker")
 
-_NOT_RUN = b""
 _NO_ENVIRON: dict[str, Any] = {}
 _IDLE_PHASES = (Phase.IDLE, Phase.LINGERING)
 _NOT_SERVED = (404, 405)  # what clients make up is not learnt from: it would crowd out the paths that exist
@@ -111,7 +110,7 @@ class Loop:
         late_seconds = exchange.started - exchange.arrived
         # One that has waited too long to be finished in time is not started.
         if exchange.abandoned or (late_seconds > LATE_SECONDS and exchange.started + exchange.cost > exchange.deadline):
-            self._outbox.deliver(exchange, _NOT_RUN, True)
+            self._outbox.deliver(exchange, None, True)
         else:
             run(self._application, exchange, self._outbox)
 
@@ -181,7 +180,7 @@ class Loop:
                 continue
             connection = exchange.connection
             try:
-                if data is _NOT_RUN:
+                if is_last and not exchange.is_done:  # it was not run
                     self._shed(connection, exchange, "deadline")
                 elif data is None:
                     self._record(exchange)
