@@ -31,6 +31,7 @@ _STATUS = re.compile(r"[2-9][0-9]{2} [\t\x20-\x7e]*")
 _FIELD_NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,256}")
 _FIELD_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 _KNOWN_NAMES = frozenset({"content-type", "content-length", "x-request-id", "x-model", "cache-control"})
+_BODILESS = (204, 304)
 _SERVERS_OWN = frozenset({"date", "server"})
 
 
@@ -208,7 +209,7 @@ class Answer:
         """The usual case: the head, and all of the body with it."""
         status, headers = self._open(), self._headers
         if self._left is None:
-            if body or not self._is_bodiless:
+            if not self._is_bodiless or (body and self._exchange.status not in _BODILESS):
                 headers = [*headers, ("Content-Length", str(len(body)))]
         elif self._left != len(body) and not self._is_bodiless:
             raise ValueError("the body is not as long as its Content-Length")
@@ -232,7 +233,7 @@ class Answer:
         if status is None:
             raise AssertionError("the application did not call start_response() before its first piece of body")
         exchange.status = int(status[:3])
-        self._is_bodiless = exchange.method == "HEAD" or exchange.status in (204, 304)
+        self._is_bodiless = exchange.method == "HEAD" or exchange.status in _BODILESS
         if exchange.status == 204 and self._left is not None:  # RFC 9110 §8.6
             self._headers = [field for field in self._headers if field[0].lower() != "content-length"]
         if self._server.closing:
