@@ -21,6 +21,8 @@ LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 SWITCHES = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 MAX_WORKERS = 64
 MAX_THREADS = 1024
+THREADS_BY_MODEL = 0
+"""What `Settings.threads` holds where THREADS is not set: known only once the models are (see `app.Service`)."""
 MAX_SECONDS = 86_400.0
 MASK = "***"
 
@@ -64,6 +66,14 @@ def _whole(low: int, high: int) -> Callable[[str], int]:
         return int(text)
 
     return parse
+
+
+def _workers(text: str) -> int:
+    return _whole(1, MAX_WORKERS)(text) if text else available_cpus()
+
+
+def _threads(text: str) -> int:
+    return _whole(1, MAX_THREADS)(text) if text else THREADS_BY_MODEL
 
 
 def _seconds(low: float) -> Callable[[str], float]:
@@ -143,12 +153,10 @@ class Settings:
     host: str = _setting("0.0.0.0", _host, "address to listen on")  # noqa: S104 - a container listens on all of them
     port: int = _setting("8000", _whole(1, 65_535), "port to listen on")
     web_concurrency: int = _setting(
-        "", _whole(1, MAX_WORKERS), "worker processes; by default the CPUs of this container (affinity and quota)"
+        "", _workers, "worker processes; by default the CPUs of this container (affinity and quota)"
     )
     threads: int = _setting(
-        "",
-        _whole(1, MAX_THREADS),
-        "predictions at once in one worker; by default 2, or MAX_BATCH_SIZE where a model batches",
+        "", _threads, "predictions at once in one worker; by default 2, or MAX_BATCH_SIZE where a model batches"
     )
     worker_class: str = _setting(
         OWN_WORKER_CLASS, _worker_class, "Gunicorn worker class; gthread works with fewer promises"
@@ -188,9 +196,6 @@ class Settings:
         for setting in fields(cls):
             variable = setting.name.upper()
             text = environ.get(variable, "").strip() or setting.metadata["default"]
-            if text == "" and setting.name in _DERIVED:
-                values[setting.name] = _DERIVED[setting.name]()
-                continue
             try:
                 values[setting.name] = setting.metadata["parse"](text)
             except ValueError as exc:
@@ -226,15 +231,6 @@ class Settings:
                 value = ",".join(str(spec) for spec in value)
             shown[setting.name.upper()] = value
         return shown
-
-
-THREADS_BY_MODEL = 0
-"""What `Settings.threads` holds where THREADS is not set: known only once the models are (see `app.Service`)."""
-
-_DERIVED: dict[str, Callable[[], Any]] = {
-    "web_concurrency": available_cpus,
-    "threads": lambda: THREADS_BY_MODEL,
-}
 
 
 def read_settings() -> Settings:
