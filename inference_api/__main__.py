@@ -20,20 +20,23 @@ def _help() -> str:
     return "\n".join(lines)
 
 
-def _check() -> None:
-    from inference_api.app import load_schemas
-    from inference_api.docs import openapi
+def _check() -> int:
+    from inference_api.app import Service
+    from inference_api.arbiter import require_one_thread
     from inference_api.model import ModelError
 
-    settings = settings_or_exit()
+    service = Service(settings_or_exit())
     try:
-        schemas = load_schemas(settings)
-        openapi(schemas, with_keys=False, with_metrics=False)
+        service.load()
+        if service.settings.preload:
+            require_one_thread()
     except ModelError as exc:
-        sys.exit(f"inference_api: {exc}")
-    for schema in schemas:
+        print(f"inference_api: {exc}", file=sys.stderr)  # noqa: T201
+        return 1
+    for schema in service.schemas:
         print(f"{schema.path}: {schema.model.name}/{schema.model.version}")  # noqa: T201
     print("ok")  # noqa: T201
+    return 0
 
 
 def main() -> None:
@@ -47,8 +50,10 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="check the configuration, load the models, and exit")
     parser.add_argument("--version", action="version", version=__version__)
     if parser.parse_args().check:
-        _check()
-        return
+        code = _check()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # a normal end would wait for threads that the models may have started
     settings_or_exit()
     if not os.environ.get("WEB_CONCURRENCY", "").strip():
         os.environ.pop("WEB_CONCURRENCY", None)  # Gunicorn reads it when it is imported, and takes no empty one

@@ -37,7 +37,7 @@ class Hooks:
         log.info("starting", extra=effective)
         if self.settings.preload:
             try:
-                _require_one_thread()
+                require_one_thread()
             except ModelError as exc:
                 print(f"\nError: {exc}", file=sys.stderr, flush=True)  # noqa: T201 - as Gunicorn says it
                 os._exit(1)  # a normal end would wait for the very threads
@@ -83,7 +83,8 @@ class Hooks:
         arbiter.log.restore_stdout()
 
 
-def _require_one_thread() -> None:
+def require_one_thread() -> None:
+    """What must hold before a fork; raises ModelError."""
     deadline = time.monotonic() + LAST_THREAD_SECONDS
     while (threads := _count_threads()) > 1:
         if time.monotonic() >= deadline:
@@ -143,7 +144,7 @@ def _guard_reload(arbiter: Any, started: Settings) -> None:
             service = None
             if settings.preload:
                 service = get_app()
-                _require_one_thread()
+                require_one_thread()
         except Exception as exc:
             is_ours = isinstance(exc, SettingsError | ModelError)
             log.exception("reload refused, the old workers serve on: %s", exc, exc_info=None if is_ours else exc)
