@@ -143,7 +143,10 @@ def _guard_reload(arbiter: Any, started: Settings) -> None:
                 raise SettingsError("HOST and PORT are not allowed to change at a reload: start the service anew")
             service = None
             if settings.preload:
-                service = get_app()
+                try:
+                    service = get_app()
+                finally:
+                    arbiter.init_signals()  # a model may set handlers of its own while it is loaded
                 require_one_thread()
         except Exception as exc:
             is_ours = isinstance(exc, SettingsError | ModelError)

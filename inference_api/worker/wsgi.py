@@ -6,6 +6,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable
+from email.utils import formatdate
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 from wsgiref.util import is_hop_by_hop
@@ -96,7 +97,7 @@ class DateFields:
     def __call__(self) -> str:
         second = int(time.time())
         if second != self._second:
-            date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(second))
+            date = formatdate(second, usegmt=True)  # not strftime: a model may change the locale
             self._fields = f"Server: {SERVER}\r\nDate: {date}\r\n"
             self._second = second
         return self._fields
