@@ -133,6 +133,18 @@ def test_integers_of_hundreds_of_digits(client: Client, fake_client: Client) -> 
     assert answer.body == b'{"input":%b,"prediction":%b}' % (digits, digits)
 
 
+@pytest.mark.parametrize(
+    ("levels", "status"), [(199, 200), (200, 200), (201, 400), (450, 400), (900, 400), (950, 400), (985, 400)]
+)
+def test_what_may_nest_at_will_may_nest_two_hundred_levels(fake_client: Client, levels: int, status: int) -> None:
+    """The object around it is one of them; never is there a depth that fails on the way back."""
+    value = b"[" * (levels - 1) + b"null" + b"]" * (levels - 1)
+    answer = fake_client.post("/echo", b'{"value": %b}' % value)
+    assert answer.status_int == status
+    if status == 200:
+        assert answer.body == b'{"input":%b,"prediction":%b}' % (value, value)
+
+
 def test_a_number_whose_square_overflows_is_refused(client: Client) -> None:
     """The bound stands in the schema."""
     answer = client.post("/square_numbers", b'{"numbers": [1e200]}')

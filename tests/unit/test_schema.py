@@ -385,6 +385,12 @@ class Strict(msgspec.Struct, forbid_unknown_fields=True):
     loose: Loose
 
 
+class Attrs:
+    """What a class of the attrs library looks like."""
+
+    __attrs_attrs__ = ()
+
+
 T = TypeVar("T")
 
 
@@ -432,6 +438,7 @@ def _signatures() -> list[tuple[Callable[..., Any], str]]:
     def boxed(self: Any, x: Box[int]) -> Any: ...
     def data_in(self: Any, x: Data) -> Any: ...
     def typed_in(self: Any, x: list[Typed]) -> Any: ...
+    def attrs_in(self: Any, x: Attrs) -> Any: ...
     def loose(self: Any, x: Loose) -> Any: ...
     def deep_loose(self: Any, x: Strict | None) -> Any: ...
     def loose_box(self: Any, x: LooseBox[int]) -> Any: ...
@@ -464,6 +471,7 @@ def _signatures() -> list[tuple[Callable[..., Any], str]]:
         (boxed, f"x.more: {IGNORED}"),
         (data_in, unfit("Data")),
         (typed_in, unfit("Typed")),
+        (attrs_in, unfit("Attrs")),
         (loose, "x: Loose needs forbid_unknown_fields=True"),
         (deep_loose, "x.loose: Loose needs forbid_unknown_fields=True"),
         (loose_box, "x: LooseBox needs forbid_unknown_fields=True"),
