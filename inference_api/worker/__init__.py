@@ -97,10 +97,11 @@ class Worker(BaseWorker):  # type: ignore[misc]
             self.loop.request_stop()
 
     def _heartbeat(self) -> bool:
-        """Tell the arbiter that this worker works; returns whether there still is an arbiter."""
+        """Tell the arbiter that this worker works; returns False once it has gone."""
         self.notify()
         if self.ppid == os.getppid():
             return True
+        self.ppid: int = os.getppid()
         log.warning("the master has gone")
         return False
 
