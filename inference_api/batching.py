@@ -168,15 +168,14 @@ class Batcher:
         if not inputs:
             return []
         call = _Call(inputs, caller)
+        caller.is_waiting = True
         with self._lock:
             self._waiting.extend([(call, index) for index in range(len(inputs))])
             if not self._has_leader:
                 self._has_leader = call.is_leader = True
-            else:
-                caller.is_waiting = True
-                if 0 < self._enough <= len(self._waiting):
-                    self._enough = 0
-                    self._gathered.set()
+            elif 0 < self._enough <= len(self._waiting):
+                self._enough = 0
+                self._gathered.set()
         if not call.is_leader:
             call.wait()
         if call.is_leader:

@@ -88,7 +88,7 @@ class Worker(BaseWorker):  # type: ignore[misc]
         # A SIGTERM that came between the fork and init_signals() was taken by the handlers of the master.
         if not self.alive or self.shutdown_flag[0]:
             self.loop.request_stop()
-        self.loop.run()
+        self.loop.serve()
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         """SIGTERM: the service is shut down, or this worker alone is replaced; the master's flag tells which."""

@@ -8,6 +8,8 @@ from inference_api.worker.wsgi import Exchange
 
 MAX_PATHS = 64
 MAX_RETRY_AFTER_SECONDS = 60
+QUICK_SECONDS = 0.0003
+"""Requests expected to take less are cheaper to run than to hand to a thread."""
 SMOOTHING = 1 / 16
 """The weight of the newest service time in the average."""
 
@@ -25,6 +27,7 @@ class Admission:
         self._request_timeout_seconds = request_timeout_seconds
         self._backlog_seconds = 0.0
         self._service_seconds: dict[str, float] = {}
+        self._gathering: set[str] = set()  # paths whose requests wait for each other, to be run together
 
     def refusal(self, exchange: Exchange) -> str | None:
         """Why a request is not let in now ("stuck", "pending" or "deadline"), or None where it is."""
@@ -45,18 +48,25 @@ class Admission:
         exchange.cost = cost = self._service_seconds.get(exchange.path, 0.0)
         self._backlog_seconds += cost
 
+    def is_quick(self, exchange: Exchange) -> bool:
+        """Whether a request is known to take next to no time, and to wait for nothing."""
+        return 0.0 < exchange.cost < QUICK_SECONDS and exchange.path not in self._gathering
+
     def leave(self, exchange: Exchange) -> None:
         """A request is no longer among the work to be done; to say so again changes nothing."""
         self._backlog_seconds -= exchange.cost
         exchange.cost = 0.0
 
-    def observe(self, path: str, seconds: float) -> None:
-        """Take into account how long a request kept its thread."""
+    def observe(self, exchange: Exchange, seconds: float, weight: float = SMOOTHING) -> None:
+        """Take into account how long a request has kept its thread."""
+        path = exchange.path
         known = self._service_seconds.get(path)
         if known is not None:
-            self._service_seconds[path] = known + SMOOTHING * (seconds - known)
+            self._service_seconds[path] = known + weight * (seconds - known)
         elif len(self._service_seconds) < MAX_PATHS:
             self._service_seconds[path] = seconds
+            if "is_waiting" in vars(exchange):  # it was set, so that the model is one that batches
+                self._gathering.add(path)
 
     def hopeless(self, exchanges: Iterable[Exchange], now: float) -> list[Exchange]:
         """Those of the requests let in that, by what has been learnt since, cannot be answered in time."""
@@ -66,10 +76,9 @@ class Admission:
         found = []
         wait_seconds = 0.0
         for exchange in sorted(exchanges, key=lambda exchange: exchange.arrived):
-            path = exchange.path
             if exchange.started:
-                if path not in self._service_seconds:  # it has kept its thread this long at least
-                    self.observe(path, now - exchange.started)
+                if exchange.path not in self._service_seconds:  # it has kept its thread this long at least
+                    self.observe(exchange, now - exchange.started)
                 continue
             self.leave(exchange)
             self.enter(exchange)

@@ -4,6 +4,7 @@ import logging
 import os
 import selectors
 import socket
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -33,6 +34,11 @@ IDLE_AT_CLOSE_SECONDS = 1.0
 DECIDE_SECONDS = 0.2
 """A process group's SIGTERM may reach a worker before the master has said that it means the whole service."""
 LATE_SECONDS = 0.01
+TURN_SECONDS = 0.002
+"""How long the I/O thread runs quick requests before it looks after its sockets again."""
+TAKE_OVER_SECONDS = 0.005
+"""How long a request that was thought to be quick keeps the I/O thread before another one takes its place."""
+LULL_SECONDS = 1.0
 GONE_STATUS = 499
 """The status in the log of a request whose client left before its answer, as in nginx; it is never sent."""
 
@@ -91,11 +97,17 @@ class Loop:
         self._paused: dict[Connection, None] = {}  # that hold much: in the order in which they may go on
         self._wake_fd = wake_fds[0]
         self._selector.register(self._wake_fd, READ)
-        jobs: deque[Exchange] = deque()
-        self._outbox = Outbox(jobs, wake_fds[1])
-        self._pool = Pool("wsgi", jobs, self._run, self._outbox.flush)
-        self._get_pool = Pool("wsgi-get", deque(), self._run, self._outbox.flush)
+        self._outbox = Outbox(wake_fds[1])
+        self._pool = Pool("wsgi", self._run)
+        self._get_pool = Pool("wsgi-get", self._run)
         self._admission = Admission(self._pool, settings.max_pending, settings.request_timeout)
+        self._role = threading.Lock()  # held by the I/O thread, but while it runs `_quick`
+        self._quick: Exchange | None = None
+        self._last_quick = 0.0  # when there was a request that is quick
+        self._is_watched = False
+        self._has_forked = False
+        self._left = threading.Event()
+        self._failure: BaseException | None = None
         self._requests = 0
         self._now = time.monotonic()
         self._stamp = ""  # the time of day as log lines have it, once it is asked for in this turn
@@ -113,43 +125,113 @@ class Loop:
             self._outbox.deliver(exchange, None, True)
         else:
             run(self._application, exchange, self._outbox)
+        if self._has_forked:  # in the model: the child must not serve its parent's connections
+            os._exit(0)
+
+    # The I/O thread is a role: whoever has it runs quick requests itself. To hand one to another thread, which would
+    # compete with this one for the interpreter, costs more than the request. Should one not be quick for once, the role
+    # goes to a new thread, and the one that is busy with it has become an application thread.
+
+    def serve(self) -> None:
+        """Serve until the worker has left: after `shut_down` or `leave`, and what was begun is finished.
+
+        The calling thread only watches, so that signal handlers always run at once.
+        """
+        os.register_at_fork(after_in_child=self._forked)
+        self._get_pool.grow(1)
+        self._role.acquire()
+        self._start()
+        while not self._left.wait(TAKE_OVER_SECONDS if self._is_watched else TICK_SECONDS):
+            now, quick = time.monotonic(), self._quick
+            self._is_watched = now - self._last_quick < LULL_SECONDS
+            if quick and now - quick.started > TAKE_OVER_SECONDS and self._role.acquire(blocking=False):
+                self._start()
+        if self._failure is not None:
+            raise self._failure
+
+    def _start(self) -> None:
+        threading.Thread(target=self._live, name="io", daemon=True).start()
+
+    def _live(self) -> None:
+        try:
+            slow, self._quick = self._quick, None
+            if slow is not None:
+                self._admission.observe(slow, TAKE_OVER_SECONDS, weight=1.0)
+                self._pool.lend(slow)
+            while self._grace_ends is None or self._connections or not self._listener.is_done:
+                if not self._turn():
+                    return
+        except BaseException as exc:
+            self._failure = exc
+        self._left.set()
+
+    def _forked(self) -> None:
+        self._has_forked = True
+
+    def _work(self) -> bool:
+        """Let what has been submitted be run; returns whether this thread still is the I/O thread."""
+        jobs = self._pool.jobs
+        while self._has_quick():
+            try:
+                exchange = jobs.popleft()
+            except IndexError:  # an application thread has taken it
+                break
+            self._last_quick = exchange.started = time.monotonic()
+            self._quick = exchange
+            self._role.release()
+            self._run(exchange)
+            if not self._role.acquire(blocking=False):
+                return False
+            self._quick = None
+            if self._last_quick - self._now > TURN_SECONDS:
+                return True
+        self._pool.wake()
+        return True
+
+    def _has_quick(self) -> bool:
+        """Whether the next request is one to be run by the I/O thread."""
+        try:
+            is_quick = self._admission.is_quick(self._pool.jobs[0])
+        except IndexError:
+            return False
+        if is_quick and not self._is_watched:
+            self._last_quick = self._now
+        return is_quick and self._is_watched
 
     # One turn of the loop.
 
-    def run(self) -> None:
-        """Serve until the worker has left: after `shut_down` or `leave`, and what was begun is finished."""
-        outbox = self._outbox
-        self._get_pool.grow(1)
-        while self._grace_ends is None or self._connections or not self._listener.is_done:
-            outbox.is_asleep = True
-            is_due = outbox.pieces or self._ready or self._stop_requested
-            events = self._selector.select(0.0 if is_due else max(0.0, self._next_tick - time.monotonic()))
-            outbox.is_asleep = False
-            self._now = time.monotonic()
-            self._stamp = ""
-            for key, mask in events:
-                target = key.data
-                if type(target) is Connection:
-                    self._handle(target, mask)
-                elif target is not None:
-                    self._listener.accept(target, self._now)
-                else:
-                    os.read(self._wake_fd, READ_BYTES)
-            for _ in range(len(self._ready)):
-                self._handle(self._ready.popleft(), 0)
-            self._get_pool.wake()
-            if self._pool.jobs:
-                outbox.hand_over(self._pool)
-            self._collect()
-            if self._stop_requested:
-                self._stop_requested = False
-                self._decide_at = self._now + DECIDE_SECONDS
-                self._next_tick = self._now
-            if self._now >= self._next_tick:
-                self._tick()
-            if self._lines:
-                self._writer.write(self._lines)
-                self._lines.clear()
+    def _turn(self) -> bool:
+        outbox, jobs = self._outbox, self._pool.jobs
+        outbox.is_asleep = True
+        is_due = outbox.pieces or self._ready or self._stop_requested or self._has_quick()
+        events = self._selector.select(0.0 if is_due else max(0.0, self._next_tick - time.monotonic()))
+        outbox.is_asleep = False
+        self._now = time.monotonic()
+        self._stamp = ""
+        for key, mask in events:
+            target = key.data
+            if type(target) is Connection:
+                self._handle(target, mask)
+            elif target is not None:
+                self._listener.accept(target, self._now)
+            else:
+                os.read(self._wake_fd, READ_BYTES)
+        for _ in range(len(self._ready)):
+            self._handle(self._ready.popleft(), 0)
+        self._get_pool.wake()
+        if jobs and not self._work():
+            return False
+        self._collect()
+        if self._stop_requested:
+            self._stop_requested = False
+            self._decide_at = self._now + DECIDE_SECONDS
+            self._next_tick = self._now
+        if self._now >= self._next_tick:
+            self._tick()
+        if self._lines:
+            self._writer.write(self._lines)
+            self._lines.clear()
+        return True
 
     def _handle(self, connection: Connection, mask: int) -> None:
         try:
@@ -197,7 +279,7 @@ class Loop:
         self._pool.take_back(exchange)
         self._admission.leave(exchange)
         if exchange.is_done and exchange.status not in _NOT_SERVED:
-            self._admission.observe(exchange.path, exchange.ended - exchange.started)
+            self._admission.observe(exchange, exchange.ended - exchange.started)
 
     # Reading.
 
@@ -541,7 +623,7 @@ class Loop:
             self._refuse(connection, 408, f"The request took longer than {self._settings.read_timeout:g} seconds.")
         elif connection.phase is Phase.RUNNING and exchange is not None:
             self._abandon(exchange)
-            if exchange.started and not exchange.is_get:
+            if exchange.started and not exchange.is_get and not exchange.is_lent:
                 self._pool.overdue.add(exchange)
                 self._admission.leave(exchange)
             self._metrics.timed_out()

@@ -9,48 +9,22 @@ from contextlib import suppress
 
 from inference_api.worker.wsgi import Exchange
 
-QUICK_SECONDS = 0.0003
-"""Requests expected to take less are run one after the other by one thread: waking a second one would cost more."""
-REST_SECONDS = 0.001
-
-
-def is_quick(exchange: Exchange) -> bool:
-    """Whether it is known to take next to no time."""
-    return 0.0 < exchange.cost < QUICK_SECONDS
-
 
 class Outbox:
     """Pieces of answers on their way to the I/O thread, which is woken for them where it sleeps."""
 
-    def __init__(self, jobs: deque[Exchange], wake_fd: int) -> None:
+    def __init__(self, wake_fd: int) -> None:
         self.closing = False  # answers say `Connection: close`
         self.pieces: deque[tuple[Exchange, bytes | None, bool]] = deque()
         self.is_asleep = False  # the I/O thread, in its selector
-        self._is_awaiting = False  # the I/O thread, a thread's coming to rest
-        self._rest = threading.Lock()
-        self._rest.acquire()
-        self._jobs = jobs
         self._wake_fd = wake_fd
 
-    # For application threads.
-
     def deliver(self, exchange: Exchange, data: bytes | None, is_last: bool) -> None:
-        """Hand a piece of an answer to the I/O thread."""
+        """Hand a piece of an answer to the I/O thread; from any thread."""
         if is_last:
             exchange.ended = time.monotonic()
         self.pieces.append((exchange, data, is_last))
-        # Answers of quick requests are collected together, in `flush`.
-        if self.is_asleep and not (self._jobs and is_quick(exchange)):
-            self.is_asleep = False
-            self.wake()
-
-    def flush(self) -> None:
-        """Called by a thread that comes to rest, or to a request that takes its time."""
-        if self._is_awaiting:
-            self._is_awaiting = False
-            with suppress(RuntimeError):  # two threads came to rest at once
-                self._rest.release()
-        elif self.pieces and self.is_asleep:
+        if self.is_asleep:
             self.is_asleep = False
             self.wake()
 
@@ -58,22 +32,6 @@ class Outbox:
         """End the I/O thread's sleep."""
         with suppress(BlockingIOError):  # the pipe is full of reasons to wake
             os.write(self._wake_fd, b".")
-
-    # For the I/O thread.
-
-    def hand_over(self, pool: "Pool") -> None:
-        """Let a thread begin with what has been submitted, and wait a moment for it where that is quick.
-
-        While it runs, the I/O thread could only compete with it for the interpreter, at the price of two context
-        switches for each system call.
-        """
-        try:
-            self._is_awaiting = is_quick(pool.jobs[-1])
-        except IndexError:  # there is nothing, or a busy thread has just taken it
-            return
-        if pool.wake() and self._is_awaiting and not self._rest.acquire(timeout=REST_SECONDS):
-            pool.wake()  # it is not as quick as it was thought to be
-        self._is_awaiting = False
 
 
 class Pool:
@@ -83,17 +41,14 @@ class Pool:
     I/O thread alone calls the methods, but for `wake`.
     """
 
-    def __init__(
-        self, name: str, jobs: deque[Exchange], run: Callable[[Exchange], None], flush: Callable[[], None]
-    ) -> None:
+    def __init__(self, name: str, run: Callable[[Exchange], None]) -> None:
         self.name = name
         self.size = 0
-        self.jobs = jobs
+        self.jobs: deque[Exchange] = deque()
         self.taken = 0  # exchanges that wait or run
         self.overdue: set[Exchange] = set()  # of those, the ones that run past their deadline
         self._idle: list[threading.Lock] = []
         self._run = run
-        self._flush = flush
 
     def grow(self, size: int) -> None:
         """Have at least `size` threads."""
@@ -120,20 +75,21 @@ class Pool:
         self.taken -= 1
         return True
 
+    def lend(self, exchange: Exchange) -> None:
+        """A request is run by a thread that is not of this pool."""
+        self.taken -= 1
+        exchange.is_lent = True
+
     def take_back(self, exchange: Exchange) -> None:
         """A thread is done with a request."""
-        self.taken -= 1
+        self.taken -= not exchange.is_lent
         self.overdue.discard(exchange)
 
-    def wake(self) -> bool:
-        """Wake one idle thread, if there is work; returns whether there was both."""
+    def wake(self) -> None:
+        """Wake one idle thread, if there is work for it."""
         if self.jobs:
-            try:
+            with suppress(IndexError):  # all are busy
                 self._idle.pop().release()
-            except IndexError:
-                return False
-            return True
-        return False
 
     def _serve(self) -> None:
         jobs, idle, monotonic = self.jobs, self._idle, time.monotonic
@@ -146,14 +102,11 @@ class Pool:
                 idle.append(lock)
                 if jobs and self._is_still_idle(lock):
                     continue
-                self._flush()
                 lock.acquire()
                 continue
             exchange.started = monotonic()
-            if not is_quick(exchange):
-                if jobs:
-                    self.wake()
-                self._flush()
+            if jobs:
+                self.wake()
             self._run(exchange)
             del exchange  # nothing of a request stays with an idle thread
 
