@@ -5,6 +5,7 @@ Their libraries live in an environment of their own (`make examples`), so nothin
 
 import ast
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -356,6 +357,25 @@ def test_weights_of_another_type_are_refused(material: Path, tmp_path: Path) -> 
 
 
 # Over HTTP.
+
+
+def documented() -> Iterator[tuple[str, str, str]]:
+    """The name of the model, the body and the answer of each request in examples/README.md."""
+    name = ""
+    lines = (PROJECT / "examples" / "README.md").read_text().splitlines()
+    for line, following in itertools.pairwise(lines):
+        if started := re.search(r"MODELS=predict=examples\.(\w+):", line):
+            name = started[1]
+        elif sent := re.fullmatch(r"\$ curl -s localhost:8000/predict -H '[^']+' -d '(.+)'", line):
+            yield name, sent[1], following
+
+
+@pytest.mark.parametrize(("name", "body", "expected"), list(documented()))
+def test_what_the_readme_shows(service: Service, name: str, body: str, expected: str) -> None:
+    """Every answer in it is, to the byte, what the service says, but for the request's id."""
+    answer = service.post(f"/{name}", body.encode()).body.decode()
+    without_id = (re.sub(r'"request_id":"[0-9a-f]{32}"', "", text) for text in (answer, expected))
+    assert next(without_id) == next(without_id)
 
 
 @pytest.mark.parametrize(("text", "label", "scores"), SENTENCES)
