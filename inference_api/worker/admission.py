@@ -10,6 +10,8 @@ MAX_PATHS = 64
 MAX_RETRY_AFTER_SECONDS = 60
 QUICK_SECONDS = 0.0003
 """Requests expected to take less are cheaper to run than to hand to a thread."""
+MARGIN = 0.1
+"""The part of the deadline left for what is not foreseen: what is let in should hardly ever be refused later."""
 SMOOTHING = 1 / 16
 """The weight of the newest service time in the average."""
 
@@ -24,7 +26,7 @@ class Admission:
     def __init__(self, pool: Pool, max_pending: int, request_timeout_seconds: float) -> None:
         self._pool = pool
         self._max_pending = max_pending
-        self._request_timeout_seconds = request_timeout_seconds
+        self._longest_seconds = (1 - MARGIN) * request_timeout_seconds
         self._backlog_seconds = 0.0
         self._service_seconds: dict[str, float] = {}
         self._gathering: set[str] = set()  # paths whose requests wait for each other, to be run together
@@ -41,7 +43,7 @@ class Admission:
         if len(pool.jobs) >= self._max_pending:
             return "pending"
         expected_seconds = self._backlog_seconds / threads + self._service_seconds.get(exchange.path, 0.0)
-        return "deadline" if expected_seconds > self._request_timeout_seconds else None
+        return "deadline" if expected_seconds > self._longest_seconds else None
 
     def enter(self, exchange: Exchange) -> None:
         """A request is let in; its cost stays 0 while nothing is known of its path."""

@@ -39,6 +39,8 @@ TURN_SECONDS = 0.002
 TAKE_OVER_SECONDS = 0.005
 """How long a request that was thought to be quick keeps the I/O thread before another one takes its place."""
 LULL_SECONDS = 1.0
+RESERVED_PART = 8
+"""One of so many connections is not for requests that wait, but for /health and refusals."""
 GONE_STATUS = 499
 """The status in the log of a request whose client left before its answer, as in nginx; it is never sent."""
 
@@ -100,7 +102,9 @@ class Loop:
         self._outbox = Outbox(wake_fds[1])
         self._pool = Pool("wsgi", self._run)
         self._get_pool = Pool("wsgi-get", self._run)
-        self._admission = Admission(self._pool, settings.max_pending, settings.request_timeout)
+        # Were every connection taken by a request that waits, nobody could be told that it waits in vain.
+        max_waiting = settings.max_connections - settings.max_connections // RESERVED_PART
+        self._admission = Admission(self._pool, min(settings.max_pending, max_waiting), settings.request_timeout)
         self._role = threading.Lock()  # held by the I/O thread, but while it runs `_quick`
         self._quick: Exchange | None = None
         self._last_quick = 0.0  # when there was a request that is quick
