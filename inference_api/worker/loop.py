@@ -367,6 +367,8 @@ class Loop:
         phase, exchange = connection.phase, connection.exchange
         if phase is Phase.READING and connection.is_within_request:
             self._refuse(connection, 400, "The request is not complete.")
+        elif phase is Phase.IDLE and connection.buffer:
+            pass  # it has sent more requests, whose turn is about to come
         elif phase in (Phase.IDLE, Phase.READING, Phase.LINGERING):
             self._close(connection)
         elif phase is Phase.RUNNING and exchange is not None and not exchange.is_get:
