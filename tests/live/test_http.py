@@ -393,6 +393,8 @@ def test_long_pipeline(service: Service) -> None:
 def test_pipeline_then_half_close(service: Service) -> None:
     """Who has sent all and closes that half still gets every answer."""
     assert [answer.body for answer in ask(service, GET * 3, half_close=True)] == [HEALTHY] * 3
+    for _ in range(50):  # the end may come at any time
+        assert [answer.body for answer in answers(service.raw(POST * 3, half_close=True))] == [PREDICTION] * 3
 
 
 def test_nothing_behind_refusal_or_close(service: Service) -> None:
