@@ -287,7 +287,9 @@ class Logger(glogging.Logger):  # type: ignore[misc]
         status = int(str(resp.status).split(None, 1)[0])
         seconds = request_time.total_seconds()
         if self.metrics is not None:
-            self.metrics.record_threadsafe(environ.get("PATH_INFO", ""), environ["REQUEST_METHOD"], status, seconds, None)
+            self.metrics.record_threadsafe(
+                environ.get("PATH_INFO", ""), environ["REQUEST_METHOD"], status, seconds, None
+            )
         if self.cfg.accesslog and self.writer is not None and logging.getLogger().isEnabledFor(logging.INFO):
             line = access_line(
                 timestamp(time.time()),
