@@ -1,0 +1,163 @@
+"""The application threads by themselves: every request is run once, by as many threads as are of use."""
+
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import pytest
+
+from inference_api.worker.connection import Connection
+from inference_api.worker.pool import Outbox, Pool
+from inference_api.worker.wsgi import Exchange
+
+LIMIT_SECONDS = 20
+
+
+def exchange(path: str = "/") -> Exchange:
+    environ: dict[str, Any] = {"REQUEST_METHOD": "POST", "PATH_INFO": path}
+    return Exchange(cast(Connection, None), environ, b"", is_http11=True, keep_alive=True)
+
+
+class Runs:
+    """What the threads are given to run; waits while it is closed."""
+
+    def __init__(self) -> None:
+        self.is_open = threading.Event()
+        self.is_open.set()
+        self.started: Counter[Exchange] = Counter()
+        self.ended: list[Exchange] = []
+
+    def __call__(self, exchange: Exchange) -> None:
+        self.started[exchange] += 1
+        self.is_open.wait(LIMIT_SECONDS)
+        self.ended.append(exchange)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+@pytest.fixture
+def runs() -> Iterator[Runs]:
+    runs = Runs()
+    yield runs
+    runs.is_open.set()
+
+
+def test_no_request_is_forgotten(runs: Runs) -> None:
+    """Submitted at any moment, also while threads turn to sleep, each is run once and without another's help."""
+    pool = Pool("test", runs)
+    pool.grow(4)
+    exchanges = [exchange() for _ in range(5_000)]
+    for number, each in enumerate(exchanges):
+        pool.submit(each)
+        pool.wake()
+        if number % 7 == 0:
+            wait_for(lambda expected=number + 1: len(runs.ended) == expected)  # type: ignore[misc]
+    wait_for(lambda: len(runs.ended) == len(exchanges))
+    assert set(runs.started.values()) == {1}
+    assert set(runs.ended) == set(exchanges)
+
+
+def test_one_wake_starts_as_many_threads_as_there_is_work_for(runs: Runs) -> None:
+    """A thread that takes a request wakes the next one, if there is another."""
+    runs.is_open.clear()
+    pool = Pool("test", runs)
+    pool.grow(4)
+    for _ in range(6):
+        pool.submit(exchange())
+    pool.wake()
+    wait_for(lambda: len(runs.started) == 4)
+    assert (pool.taken, len(pool.jobs)) == (6, 2)
+    runs.is_open.set()
+    wait_for(lambda: len(runs.ended) == 6)
+
+
+def test_a_request_is_withdrawn_or_run(runs: Runs) -> None:
+    """What still waits can be taken back, and is then never run; what a thread has cannot."""
+    runs.is_open.clear()
+    pool = Pool("test", runs)
+    pool.grow(1)
+    first, second, third = exchange(), exchange(), exchange()
+    for each in (first, second, third):
+        pool.submit(each)
+    pool.wake()
+    wait_for(lambda: bool(runs.started))
+    assert not pool.withdraw(first)
+    assert pool.withdraw(second)
+    assert not pool.withdraw(second)
+    assert pool.taken == 2
+    runs.is_open.set()
+    wait_for(lambda: runs.ended == [first, third])
+    for each in (first, third):
+        pool.take_back(each)
+    assert pool.taken == 0
+
+
+def test_overdue_threads_are_not_counted_on(runs: Runs) -> None:
+    """Until the request comes back."""
+    pool = Pool("test", runs)
+    pool.grow(2)
+    late = exchange()
+    pool.submit(late)
+    pool.overdue.add(late)
+    assert pool.useful_threads == 1
+    pool.take_back(late)
+    assert pool.useful_threads == 2
+
+
+def test_a_pool_grows_and_never_shrinks(runs: Runs) -> None:
+    """The models decide how many threads are of use, once they are loaded."""
+    pool = Pool("growing", runs)
+    for size, expected in ((1, 1), (3, 3), (2, 3)):
+        pool.grow(size)
+        assert pool.size == expected
+        assert sum(thread.name.startswith("growing-") for thread in threading.enumerate()) == expected
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, int]]:
+    ends = os.pipe()
+    for end in ends:
+        os.set_blocking(end, False)
+    yield ends
+    for end in ends:
+        os.close(end)
+
+
+def test_the_io_thread_is_woken_where_it_sleeps(pipe: tuple[int, int]) -> None:
+    """Once for all that is delivered meanwhile, and not at all while it is awake."""
+    outbox = Outbox(pipe[1])
+    outbox.deliver(exchange(), b"a", False)
+    with pytest.raises(BlockingIOError):
+        os.read(pipe[0], 10)
+    outbox.is_asleep = True
+    for _ in range(3):
+        outbox.deliver(exchange(), b"b", False)
+    assert os.read(pipe[0], 10) == b"."
+    assert [data for _, data, _ in outbox.pieces] == [b"a", b"b", b"b", b"b"]
+
+
+def test_a_full_pipe_of_reasons_to_wake_is_no_failure(pipe: tuple[int, int]) -> None:
+    """The I/O thread has more than enough of them."""
+    with pytest.raises(BlockingIOError):
+        while True:
+            os.write(pipe[1], b"." * 65_536)
+    Outbox(pipe[1]).wake()
+
+
+def test_the_end_of_a_run_is_noted(pipe: tuple[int, int]) -> None:
+    """With its last piece: that is how long the request kept its thread."""
+    outbox = Outbox(pipe[1])
+    each = exchange()
+    outbox.deliver(each, b"a", False)
+    assert each.ended == 0.0
+    before = time.monotonic()
+    outbox.deliver(each, b"", True)
+    assert each.ended >= before
