@@ -1,0 +1,1 @@
+"""The service beside its peers: python -m benchmarks."""

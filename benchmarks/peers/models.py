@@ -1,0 +1,37 @@
+"""Models that the service and its peers serve in the benchmarks. Nothing but the standard library."""
+
+import time
+
+CALL_SECONDS = 0.005
+
+
+class SleepingModel:
+    """Costs 5 ms a call, during which it yields the interpreter lock, and cannot batch."""
+
+    name, version = "sleeping", "1.0.0"
+
+    def predict(self, text: str) -> str:
+        time.sleep(CALL_SECONDS)
+        return f"predicted({text})"
+
+
+class BatchModel(SleepingModel):
+    """Costs 5 ms a call, however many inputs it gets."""
+
+    name = "batch"
+
+    def predict_batch(self, inputs: list[str]) -> list[str]:
+        time.sleep(CALL_SECONDS)
+        return [f"predicted({text})" for text in inputs]
+
+
+class InstantBatchModel:
+    """Costs nothing, so that what is measured is the batching itself."""
+
+    name, version = "instant", "1.0.0"
+
+    def predict(self, text: str) -> str:
+        return f"predicted({text})"
+
+    def predict_batch(self, inputs: list[str]) -> list[str]:
+        return [f"predicted({text})" for text in inputs]
