@@ -74,7 +74,7 @@ class Crowd:
 class Alone(Crowd):
     name, thread_safe = "alone", False
 """
-SERVED = "predict=models:Batching,crowd=models:Crowd,alone=models:Alone"
+SERVED = "predict=models:Batching,also=models:Batching,crowd=models:Crowd,alone=models:Alone"
 BATCH_SIZE = 8
 REQUEST_TIMEOUT = 2
 TIMEOUT = 2
@@ -190,7 +190,7 @@ def due(inputs: list[dict[str, str]]) -> list[dict[str, str]]:
 
 
 def test_hundreds_of_clients_each_get_their_own_answer(service: Service) -> None:
-    """320 clients at once, every text sent once, some arrays, some poison: no answer is wrong, batches are shared."""
+    """320 clients at once, every text sent once, some arrays, some poison, two models: no answer is wrong."""
     numbers = itertools.count()
     calls, inputs = counted(service, "batch_size_count"), counted(service, "predictions_total")
 
@@ -206,8 +206,8 @@ def test_hundreds_of_clients_each_get_their_own_answer(service: Service) -> None
             for _ in range(ROUNDS):
                 bodies: list[Any] = [{"text": text()} for _ in clients]
                 bodies[0] = [{"text": f"array-{next(numbers)}"} for _ in range(3)]
-                for one, body in zip(clients, bodies, strict=True):
-                    one.send(body)
+                for one, body, path in zip(clients, bodies, itertools.cycle(["/predict", "/predict", "/also"])):
+                    one.send(body, path)
                 found += [(body, one.answer()) for one, body in zip(clients, bodies, strict=True)]
         return found
 
@@ -267,7 +267,7 @@ def test_a_client_that_leaves_while_it_waits_is_not_put_into_a_batch(service: Se
         assert is_answer_to("stays", stays.answer())
     assert ["stays"] in batches(service)
     assert "leaves" not in itertools.chain.from_iterable(batches(service))
-    assert [line["path"] for line in service.access_lines() if line["status"] == 499] == ["/predict"]
+    wait_for(lambda: [ln["path"] for ln in service.access_lines() if ln["status"] == 499] == ["/predict"], WAIT_SECONDS)
 
 
 def test_a_client_that_closes_its_half_is_answered_while_its_batch_runs(service: Service) -> None:
@@ -294,6 +294,43 @@ def test_arrays_are_cut_up_and_come_back_whole(service: Service) -> None:
     assert service.post("/predict", []).json == []
     longest = service.post("/predict", [{"text": str(number)} for number in range(1000)])
     assert [one["prediction"] for one in longest.json] == [f"of {number}" for number in range(1000)]
+
+
+def test_a_batch_holds_up_no_other_model(service: Service) -> None:
+    """While one runs and others wait for the next, another model answers; then those that wait are answered."""
+    with held_up(service, "others"), contextlib.ExitStack() as stack:
+        waiting = [stack.enter_context(contextlib.closing(Client(service))) for _ in range(3)]
+        for number, client in enumerate(waiting):
+            client.send({"text": f"waits-{number}"})
+        service.wait_for_metric("requests_in_flight", 4)
+        for path in ("/crowd", "/also"):
+            assert [answer.status for answer in together(service, [{"text": "x"}] * 8, path)] == [200] * 8
+        (service.folder / "others").touch()
+        assert all(is_answer_to(f"waits-{number}", client.answer()) for number, client in enumerate(waiting))
+
+
+def test_a_batched_answer_has_the_headers_of_any_other(service: Service) -> None:
+    """The good one and the refused one."""
+    good = service.post("/predict", {"text": "x"}, {"X-Request-ID": "mine"})
+    bad = service.post("/predict", {"text": "unfit"}, {"X-Request-ID": "mine"})
+    for answer, kind in ((good, "application/json"), (bad, "application/problem+json")):
+        named = {name: answer.headers[name] for name in ("content-type", "x-model", "x-request-id", "content-length")}
+        length = str(len(answer.body))
+        assert named == {
+            "content-type": kind,
+            "x-model": "batching/1.0.0",
+            "x-request-id": "mine",
+            "content-length": length,
+        }
+
+
+def test_a_stock_worker_batches_too(tmp_path: Path) -> None:
+    """Every client gets its own answer from it, and batches are shared."""
+    with running(tmp_path, MODELS, MODELS=SERVED, WORKER_CLASS="gthread", THREADS="8") as service:
+        texts = [*(f"text-{number}" for number in range(30)), "unfit", "broken", "short"]
+        answers = together(service, [{"text": text} for text in texts])
+        assert all(is_answer_to(text, answer) for text, answer in zip(texts, answers, strict=True))
+        assert max(map(len, batches(service))) > 1
 
 
 def test_a_model_that_prints_forks_and_changes_the_locale_serves_on(service: Service) -> None:
