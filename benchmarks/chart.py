@@ -4,8 +4,8 @@ from xml.sax.saxutils import escape
 
 from benchmarks.results import TITLES, Medians, Results
 
-WIDTH = 860
-LABEL_WIDTH = 310
+WIDTH = 900
+LABEL_WIDTH = 350
 VALUE_WIDTH = 80
 TOP = 64
 BAR_HEIGHT = 22

@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -202,9 +203,8 @@ def ask(port: int, method: str, path: str, body: Any = None) -> tuple[int, bytes
 @contextlib.contextmanager
 def running(server: Server, *, workers: int = 1, pinned: bool = True) -> Iterator[Running]:
     """The server on one core, or on all, once it has answered right; ends it afterwards."""
-    folder = WORK / server.name
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    WORK.mkdir(exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"{server.name}-", dir=WORK))
     port = free_port()
     command = server.command(Start(port, workers, folder))
     if pinned:
@@ -229,6 +229,7 @@ def running(server: Server, *, workers: int = 1, pinned: bool = True) -> Iterato
         yield ready
     finally:
         _stop(process)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _wait(server: Server, process: subprocess.Popen[bytes], port: int, folder: Path) -> None:
