@@ -5,7 +5,7 @@ from typing import Annotated
 from fastapi import FastAPI
 from pydantic import BaseModel, Field
 
-from examples.digits import Digit, DigitsModel
+from examples.digits import DigitsModel
 
 app = FastAPI()
 model = DigitsModel()
@@ -14,6 +14,11 @@ model.load()
 
 class Input(BaseModel):
     pixels: list[Annotated[int, Field(ge=0, le=16)]] = Field(min_length=64, max_length=64)
+
+
+class Digit(BaseModel):  # pydantic takes no typing.TypedDict before Python 3.12
+    label: int
+    probabilities: list[float]
 
 
 class Output(BaseModel):
@@ -28,4 +33,4 @@ async def health() -> dict[str, str]:
 
 @app.post("/digits")
 async def digits(body: Input) -> Output:
-    return Output(input=body.pixels, prediction=model.predict(body.pixels))
+    return Output(input=body.pixels, prediction=Digit(**model.predict(body.pixels)))
