@@ -24,7 +24,7 @@ from tests.live.service import (
     wait_for,
 )
 
-READ_TIMEOUT = 4
+READ_TIMEOUT = 3
 KEEP_ALIVE = 2
 MAX_CONNECTIONS = 300
 PROMPT_SECONDS = 2.0

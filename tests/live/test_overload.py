@@ -15,7 +15,7 @@ from tests.live.service import Answer, Service, is_problem, next_answer, running
 SERVICE_SECONDS = 0.05
 THREADS = 2
 CAPACITY = THREADS / SERVICE_SECONDS
-LOAD_SECONDS = 4.0
+LOAD_SECONDS = 3.0
 LEAST_GOODPUT = 0.7
 """Of what the model could do at best: generous, for machines that are busy with other things."""
 PROMPT_SECONDS = 1.5
