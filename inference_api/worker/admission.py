@@ -29,6 +29,7 @@ class Admission:
         self._longest_seconds = (1 - MARGIN) * request_timeout_seconds
         self._backlog_seconds = 0.0
         self._service_seconds: dict[str, float] = {}
+        self._guessed: set[str] = set()  # paths of which no request has ended yet: it takes at least that long
         self._gathering: set[str] = set()  # paths whose requests wait for each other, to be run together
 
     def refusal(self, exchange: Exchange) -> str | None:
@@ -63,10 +64,11 @@ class Admission:
         """Take into account how long a request has kept its thread."""
         path = exchange.path
         known = self._service_seconds.get(path)
-        if known is not None:
+        if known is not None and path not in self._guessed:
             self._service_seconds[path] = known + weight * (seconds - known)
-        elif len(self._service_seconds) < MAX_PATHS:
+        elif known is not None or len(self._service_seconds) < MAX_PATHS:
             self._service_seconds[path] = seconds
+            self._guessed.discard(path)
             if "is_waiting" in vars(exchange):  # it was set, so that the model is one that batches
                 self._gathering.add(path)
 
@@ -79,8 +81,7 @@ class Admission:
         wait_seconds = 0.0
         for exchange in sorted(exchanges, key=lambda exchange: exchange.arrived):
             if exchange.started:
-                if exchange.path not in self._service_seconds:  # it has kept its thread this long at least
-                    self.observe(exchange, now - exchange.started)
+                self._guess(exchange.path, now - exchange.started)
                 continue
             self.leave(exchange)
             self.enter(exchange)
@@ -90,6 +91,15 @@ class Admission:
             else:
                 wait_seconds += exchange.cost / threads
         return found
+
+    def _guess(self, path: str, seconds: float) -> None:
+        known = self._service_seconds.get(path)
+        is_unknown = known is None and len(self._service_seconds) < MAX_PATHS
+        if seconds > QUICK_SECONDS and (
+            is_unknown or (known is not None and path in self._guessed and seconds > known)
+        ):
+            self._service_seconds[path] = seconds
+            self._guessed.add(path)
 
     def retry_after_seconds(self) -> int:
         """When the backlog of now will have been worked off: whole seconds, at least 1."""

@@ -156,6 +156,19 @@ def test_what_has_become_hopeless_is_found() -> None:
     assert queue.add() == "pending"
 
 
+def test_a_guess_is_forgotten_once_it_is_known_better() -> None:
+    """Until a request ends, its path takes as long as one runs by now; then, exactly as long as that one took."""
+    queue = Queue(threads=1)
+    running, waiting = queue.add_many(2)
+    for now, cost in ((0.5, 0.5), (1.5, 1.5), (1.0, 1.5)):
+        assert queue.admission.hopeless([running, waiting], now) == []
+        assert waiting.cost == pytest.approx(cost, abs=0.01)
+    queue.admission.observe(running, 4.0)
+    known = queue.add()
+    assert isinstance(known, Exchange)
+    assert known.cost == 4.0
+
+
 def test_the_first_in_the_queue_has_its_chance() -> None:
     """However long a request is expected to take, the next to be run is not given up before."""
     queue = Queue(threads=1)
