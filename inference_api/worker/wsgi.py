@@ -1,5 +1,6 @@
 """The WSGI side (PEP 3333): one request's passage through the application, in an application thread."""
 
+import functools
 import io
 import logging
 import re
@@ -109,16 +110,12 @@ date_fields = DateFields()
 
 def head(status: str, headers: Headers, exchange: Exchange) -> bytes:
     """The status line and fields of an answer, up to and with the empty line."""
-    text = f"HTTP/1.1 {status}\r\n{date_fields()}"
-    for name, value in headers:
-        text += f"{name}: {value}\r\n"
-        if name == "x-model":
-            exchange.model = value
+    text = "".join([f"{name}: {value}\r\n" for name, value in headers])
     if not exchange.keep_alive:
         text += "Connection: close\r\n"
     elif not exchange.is_http11:
         text += "Connection: keep-alive\r\n"
-    return (text + "\r\n").encode("latin-1")
+    return f"HTTP/1.1 {status}\r\n{date_fields()}{text}\r\n".encode("latin-1")
 
 
 def problem_answer(exchange: Exchange, status: int, detail: str, more: Headers | None = None) -> bytes:
@@ -157,11 +154,33 @@ class Answer:
                 exc_info = None  # breaks the reference cycle, as PEP 3333 asks
         elif self._status is not None:
             raise AssertionError("start_response() was called twice without exc_info")
-        if not _STATUS.fullmatch(status):
-            raise ValueError(f"the status is not valid: {status!r}")
-        self._headers, self._left = _checked(headers)
+        self._exchange.status = _code(status)
+        self._check(headers)
         self._status = status
         return self.write
+
+    def _check(self, headers: Headers) -> None:
+        """Refuse fields that an application may not send (PEP 3333).
+
+        Date and Server are the server's own (RFC 9110 §6.6.1, §10.2.4): the application's are left out.
+        """
+        self._headers, self._left = headers, None
+        for name, value in headers:
+            known = name
+            if name not in _KNOWN_NAMES:
+                known = name.lower()
+                if not _FIELD_NAME.fullmatch(name) or is_hop_by_hop(name):
+                    raise ValueError(f"the header field is not the application's to send: {name!r}")
+                if known in _SERVERS_OWN:
+                    self._headers = [field for field in headers if field[0].lower() not in _SERVERS_OWN]
+            if not (value.isascii() and value.isprintable()) and not _FIELD_VALUE.fullmatch(value):
+                raise ValueError(f"the value of the header field {name} is not valid")
+            if known == "content-length":
+                if self._left is not None or not (value.isascii() and value.isdigit()):
+                    raise ValueError("the Content-Length is not valid")
+                self._left = int(value)
+            elif known == "x-model":
+                self._exchange.model = value
 
     def write(self, data: bytes) -> None:
         """Send a piece of the body now; waits where the client does not keep up. PEP 3333's write()."""
@@ -234,7 +253,6 @@ class Answer:
         status, exchange = self._status, self._exchange
         if status is None:
             raise AssertionError("the application did not call start_response() before its first piece of body")
-        exchange.status = int(status[:3])
         self._is_bodiless = exchange.method == "HEAD" or exchange.status in _BODILESS
         if exchange.status == 204 and self._left is not None:  # RFC 9110 §8.6
             self._headers = [field for field in self._headers if field[0].lower() != "content-length"]
@@ -258,27 +276,11 @@ class Answer:
                 raise GoneError
 
 
-def _checked(headers: Headers) -> tuple[Headers, int | None]:
-    """Refuse fields that an application may not send (PEP 3333); returns the others, and the Content-Length.
-
-    Date and Server are the server's own (RFC 9110 §6.6.1, §10.2.4): the application's are left out.
-    """
-    length: int | None = None
-    unwanted = False
-    for name, value in headers:
-        known = name
-        if name not in _KNOWN_NAMES:
-            known = name.lower()
-            if not _FIELD_NAME.fullmatch(name) or is_hop_by_hop(name):
-                raise ValueError(f"the header field is not the application's to send: {name!r}")
-            unwanted = unwanted or known in _SERVERS_OWN
-        if not (value.isascii() and value.isprintable()) and not _FIELD_VALUE.fullmatch(value):
-            raise ValueError(f"the value of the header field {name} is not valid")
-        if known == "content-length":
-            if length is not None or not (value.isascii() and value.isdigit()):
-                raise ValueError("the Content-Length is not valid")
-            length = int(value)
-    return [field for field in headers if field[0].lower() not in _SERVERS_OWN] if unwanted else headers, length
+@functools.lru_cache
+def _code(status: str) -> int:
+    if not _STATUS.fullmatch(status):
+        raise ValueError(f"the status is not valid: {status!r}")
+    return int(status[:3])
 
 
 def fields_of(exchange: Exchange) -> dict[str, str]:
