@@ -41,7 +41,7 @@ class Admission:
         threads = pool.size - len(pool.overdue)
         if threads <= 0:
             return "stuck"
-        if len(pool.jobs) >= self._max_pending:
+        if pool.taken - pool.size >= self._max_pending:  # not by the queue: a thread may be about to take from it
             return "pending"
         expected_seconds = self._backlog_seconds / threads + self._service_seconds.get(exchange.path, 0.0)
         return "deadline" if expected_seconds > self._longest_seconds else None

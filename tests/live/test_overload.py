@@ -228,7 +228,7 @@ def test_a_burst_that_takes_longer_than_expected(service: Service) -> None:
 
 def test_more_than_max_pending_are_refused_by_count(tmp_path_factory: pytest.TempPathFactory) -> None:
     """One runs, MAX_PENDING wait, and the next is refused at once; once there is room, it is served."""
-    variables = VARIABLES | {"THREADS": "1", "MAX_PENDING": "3", "REQUEST_TIMEOUT": "20"}
+    variables = VARIABLES | {"THREADS": "1", "MAX_PENDING": "3", "REQUEST_TIMEOUT": "100", "GRACEFUL_TIMEOUT": "110"}
     with running(tmp_path_factory.mktemp("pending"), MODELS, **variables) as service:
         body = b'{"text": "go"}'
         clients = [Client(service, "/hold", body) for _ in range(4)]
@@ -257,7 +257,7 @@ def test_more_than_max_pending_are_refused_by_count(tmp_path_factory: pytest.Tem
 
 def test_a_queue_leaves_connections_for_health(tmp_path_factory: pytest.TempPathFactory) -> None:
     """MAX_PENDING is larger than MAX_CONNECTIONS: requests are refused before every connection is taken by one."""
-    variables = VARIABLES | {"MAX_CONNECTIONS": "40", "REQUEST_TIMEOUT": "20"}
+    variables = VARIABLES | {"MAX_CONNECTIONS": "40", "REQUEST_TIMEOUT": "100", "GRACEFUL_TIMEOUT": "110"}
     with (
         running(tmp_path_factory.mktemp("connections"), MODELS, **variables) as service,
         contextlib.ExitStack() as stack,
