@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from dotenv import dotenv_values
+from dotenv.parser import parse_stream
 
 from inference_api.model import ModelSpec
 
@@ -134,7 +134,7 @@ def _models(text: str) -> tuple[ModelSpec, ...]:
 
 def _api_keys(text: str) -> tuple[bytes, ...]:
     keys = [key.strip() for key in text.split(",") if key.strip()]
-    if not all(_API_KEY.fullmatch(key) for key in keys):
+    if (text and not keys) or not all(_API_KEY.fullmatch(key) for key in keys):  # "," must not open the service
         raise ValueError("keys of 8 to 512 printable ASCII characters, separated by commas")
     return tuple(key.encode() for key in keys)
 
@@ -238,11 +238,23 @@ def read_settings() -> Settings:
 
     Raises SettingsError for a bad value.
     """
+    return Settings.from_environ({**_from_file(Path.cwd() / ".env"), **os.environ})
+
+
+def _from_file(path: Path) -> dict[str, str]:
     try:
-        from_file = dotenv_values(Path.cwd() / ".env", interpolate=False)
+        if not path.is_file():
+            return {}
+        with path.open(encoding="utf-8") as file:
+            bindings = list(parse_stream(file))
     except (OSError, UnicodeDecodeError) as exc:
         raise SettingsError(f".env cannot be read: {exc}") from exc
-    return Settings.from_environ({**{key: value or "" for key, value in from_file.items()}, **os.environ})
+    for binding in bindings:  # `dotenv_values` would leave out what is wrong: keys with a quote too few, for example
+        if binding.error:
+            text = binding.original.string
+            line = binding.original.line + text[: -len(text.lstrip())].count("\n")  # the blank ones before it are in it
+            raise SettingsError(f".env: line {line} is not allowed: it must be KEY=value")
+    return {binding.key: binding.value or "" for binding in bindings if binding.key}
 
 
 def settings_or_exit() -> Settings:

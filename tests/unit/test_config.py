@@ -196,7 +196,7 @@ def test_a_bad_value_is_told_in_one_line(variable: str, text: str, allowed: str)
 
 
 @pytest.mark.parametrize(
-    "text", ["short", "with space", "good-key-1,bad", "schlüssel", "x" * 513, "\udcffsecretsecret"]
+    "text", ["short", "with space", "good-key-1,bad", "schlüssel", "x" * 513, "\udcffsecretsecret", ", ,"]
 )
 def test_a_bad_key_is_not_told(text: str) -> None:
     """An error message ends up in logs: a key must not stand in it."""
@@ -257,6 +257,15 @@ def test_a_file_that_is_not_text_stops_the_start_with_one_line(environ: pytest.M
     Path(".env").write_bytes(b"PORT=\xff\n")
     with pytest.raises(SystemExit, match=r"\Ainference_api: \.env cannot be read: [^\n]+\Z"):
         settings_or_exit()
+
+
+@pytest.mark.parametrize("line", ['API_KEYS="correct-horse', "API_KEYS correct-horse", "PORT: 80", "=80"])
+def test_a_line_of_the_file_that_sets_nothing_stops_the_start(environ: pytest.MonkeyPatch, line: str) -> None:
+    """A slip must not leave the service open to all; the line is named by its number, as it may hold a key."""
+    Path(".env").write_text(f"# a comment\n\n{line}\nDOCS=off\n")
+    with pytest.raises(SystemExit) as caught:
+        settings_or_exit()
+    assert caught.value.code == "inference_api: .env: line 3 is not allowed: it must be KEY=value"
 
 
 def test_a_bad_value_in_the_file_stops_the_start_with_one_line(environ: pytest.MonkeyPatch) -> None:
