@@ -8,8 +8,11 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from gunicorn.errors import HaltServer
 
 from inference_api import __version__
 from inference_api.app import Service, get_app
@@ -31,10 +34,8 @@ class Hooks:
         self.settings = settings
 
     def on_starting(self, arbiter: Any) -> None:
-        effective = {"version": __version__, **self.settings.effective()}
-        if isinstance(service := arbiter.app.callable, Service):
-            effective["THREADS"] = service.threads
-        log.info("starting", extra=effective)
+        effective = _effective(self.settings, arbiter.app.callable)
+        log.info("starting", extra={"version": __version__, **effective})
         if self.settings.preload:
             try:
                 require_one_thread()
@@ -96,6 +97,13 @@ def require_one_thread() -> None:
         time.sleep(0.01)
 
 
+def _effective(settings: Settings, service: object) -> dict[str, Any]:
+    effective = settings.effective()
+    if isinstance(service, Service):  # only a service whose models are loaded knows
+        effective["THREADS"] = service.threads
+    return effective
+
+
 def _count_threads() -> int:
     # The threads of libraries are not Python's, only the kernel knows all of them.
     tasks = Path("/proc/self/task")
@@ -126,7 +134,10 @@ def _announce_stop(arbiter: Any) -> None:
 
     def announced_stop(graceful: bool = True) -> None:
         arbiter.shutdown_flag[0] = 1
-        stop(graceful)
+        while True:
+            with suppress(HaltServer):  # of one more worker that cannot load, while the first one ends it all
+                stop(graceful)
+                return
 
     arbiter.stop = announced_stop
 
@@ -154,6 +165,6 @@ def _guard_reload(arbiter: Any, started: Settings) -> None:
             return
         arbiter.app.callable = service
         reload()
-        log.info("reloaded", extra=settings.effective())
+        log.info("reloaded", extra=_effective(settings, service))
 
     arbiter.reload = guarded_reload

@@ -164,6 +164,7 @@ def test_a_failed_reload_leaves_the_old_workers_serving(service: Service) -> Non
         env.write_text("MAX_BODY_BYTES=100\n")
         reload(service)
         assert served(service) == "second"
+        assert lines(service, "reloaded")[-1]["THREADS"] == lines(service, "starting")[0]["THREADS"]
         traffic.goes_on()
     assert traffic.lost == []
     assert service.post("/predict", {"text": "x" * 100}).status == 413

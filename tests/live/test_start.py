@@ -296,6 +296,15 @@ def test_a_model_that_fails_in_its_worker(folder: Path, target: str, reason: str
     ]
 
 
+def test_a_model_that_fails_in_several_workers(folder: Path) -> None:
+    """Each says so; the failure of the second while the first one's ends the service is none of Gunicorn's own."""
+    told = failed_start(folder, PRELOAD="false", WEB_CONCURRENCY="4", MODELS="bad=nowhere:Model")
+    assert set(told) == {
+        "inference_api: MODELS: bad=nowhere:Model: cannot import nowhere: "
+        "ModuleNotFoundError: No module named 'nowhere'"
+    }
+
+
 def test_a_model_that_starts_threads(folder: Path) -> None:
     """Before a fork they are refused, and the line names what to set; where each worker loads, they are fine."""
     told = failed_start(folder, MODELS="predict=models:Threaded")
