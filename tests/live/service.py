@@ -192,6 +192,12 @@ def running(folder: Path, models: str = "", **options: Any) -> Iterator[Service]
         service.kill()
 
 
+def post_request(path: str, body: bytes, *fields: bytes) -> bytes:
+    """The bytes of a POST, with these further header fields."""
+    lines = [b"POST %b HTTP/1.1" % path.encode(), b"Host: h", b"Content-Length: %d" % len(body), *fields]
+    return b"\r\n".join(lines) + b"\r\n\r\n" + body
+
+
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port: int = free.getsockname()[1]

@@ -19,6 +19,7 @@ from tests.live.service import (
     answers,
     is_problem,
     next_answer,
+    post_request,
     read_to_end,
     running,
     wait_for,
@@ -93,11 +94,6 @@ def serves_promptly(service: Service) -> None:
     assert time.monotonic() - started < PROMPT_SECONDS
 
 
-def post(path: str, body: bytes, *fields: bytes) -> bytes:
-    lines = [b"POST %b HTTP/1.1" % path.encode(), b"Host: h", b"Content-Length: %d" % len(body), *fields]
-    return b"\r\n".join(lines) + b"\r\n\r\n" + body
-
-
 @contextlib.contextmanager
 def clients(service: Service, count: int) -> Iterator[list[socket.socket]]:
     with contextlib.ExitStack() as stack:
@@ -139,7 +135,7 @@ def busy(service: Service, name: str) -> Iterator[list[socket.socket]]:
     with clients(service, 2) as held:
         before = len(calls(service))
         for client in held:
-            client.sendall(post("/wait", b'{"name": "%b"}' % name.encode()))
+            client.sendall(post_request("/wait", b'{"name": "%b"}' % name.encode()))
         wait_for(lambda: len(calls(service)) == before + 2, LIMIT_SECONDS)
         try:
             yield held
@@ -197,7 +193,7 @@ def test_the_longest_idle_connection_makes_room(service: Service) -> None:
 DRIPS: Sequence[Callable[[int], bytes]] = (
     lambda n: b"A",
     lambda n: (b"GET /health HTTP/1.1\r\nHost: h\r\n" + b"X: y\r\n" * 1_000)[n : n + 1],
-    lambda n: post("/predict", b'{"text": "' + b"a" * 1_000)[: 80 + n][0 if n == 0 else -1 :],
+    lambda n: post_request("/predict", b'{"text": "' + b"a" * 1_000)[: 80 + n][0 if n == 0 else -1 :],
     lambda n: b"POST /predict HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n" if n == 0 else b"1\r\n \r\n",
 )
 """What a client sends at each step: its request line, its headers, its body, its chunks."""
@@ -238,7 +234,7 @@ def test_an_answer_that_is_not_read_is_cut_off(service: Service) -> None:
             client = stack.enter_context(socket.socket())
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
             client.connect(("127.0.0.1", service.port))
-            client.sendall(post("/large", body))
+            client.sendall(post_request("/large", body))
             slow.append(client)
         started = time.monotonic()
         received = [0] * len(slow)
@@ -254,7 +250,7 @@ def test_an_answer_that_is_not_read_is_cut_off(service: Service) -> None:
         for client in slow:
             assert read_on(client) < LARGE_BYTES
         with service.connect() as reader:
-            reader.sendall(post("/large", body, b"Connection: close"))
+            reader.sendall(post_request("/large", body, b"Connection: close"))
             (answer,) = answers(read_to_end(reader))
         assert len(answer.json["prediction"]) == LARGE_BYTES
 
@@ -272,7 +268,7 @@ def test_clients_that_never_close_are_not_waited_for(service: Service) -> None:
     """50 clients ask for the connection to be closed and keep their end open: nobody else notices."""
     with clients(service, 50) as open_ended:
         for client in open_ended:
-            client.sendall(post("/predict", b'{"text": "a"}', b"Connection: close"))
+            client.sendall(post_request("/predict", b'{"text": "a"}', b"Connection: close"))
             serves_promptly(service)
         for client in open_ended:
             (answer,) = answers(read_to_end(client))
@@ -284,7 +280,13 @@ def test_clients_that_never_close_are_not_waited_for(service: Service) -> None:
 def test_clients_that_leave_at_any_moment(service: Service, leave: Callable[[socket.socket], None]) -> None:
     """They leave before, during and after their requests: nothing fails, and what they held is free again."""
     name = f"leave-{leave.__name__}"
-    requests = [b"", b"POST", post("/predict", b'{"text": "a"}')[:-3], post("/predict", b'{"text": "a"}'), HEALTH]
+    requests = [
+        b"",
+        b"POST",
+        post_request("/predict", b'{"text": "a"}')[:-3],
+        post_request("/predict", b'{"text": "a"}'),
+        HEALTH,
+    ]
     for request in requests * 20:
         client = service.connect()
         client.sendall(request)
@@ -298,7 +300,7 @@ def test_clients_that_leave_at_any_moment(service: Service, leave: Callable[[soc
     before = len(calls(service))
     running_clients = [service.connect() for _ in range(2)]
     for client in running_clients:
-        client.sendall(post("/wait", b'{"name": "%b"}' % name.encode(), b"X-Request-ID: " + name.encode()))
+        client.sendall(post_request("/wait", b'{"name": "%b"}' % name.encode(), b"X-Request-ID: " + name.encode()))
     wait_for(lambda: len(calls(service)) == before + 2, LIMIT_SECONDS)
     for client in running_clients:
         leave(client)
@@ -314,7 +316,7 @@ def test_the_model_is_not_called_for_those_who_left(service: Service, leave: Cal
     with busy(service, name):
         waiting = [service.connect() for _ in range(20)]
         for client in waiting:
-            client.sendall(post("/wait", b'{"name": "unwanted"}', b"X-Request-ID: " + name.encode()))
+            client.sendall(post_request("/wait", b'{"name": "unwanted"}', b"X-Request-ID: " + name.encode()))
         service.wait_for_metric("requests_pending", 20)
         for client in waiting:
             leave(client)
@@ -327,7 +329,7 @@ def test_the_model_is_not_called_for_those_who_left(service: Service, leave: Cal
 
 def test_half_closed_clients_get_their_answers(service: Service) -> None:
     """A client may close its sending half after the request: where a thread is free, it is answered."""
-    for request in (post("/predict", b'{"text": "a"}'), HEALTH):
+    for request in (post_request("/predict", b'{"text": "a"}'), HEALTH):
         (answer,) = answers(service.raw(request, half_close=True))
         assert answer.status == 200
 
@@ -340,7 +342,7 @@ def memory_bytes(service: Service) -> int:
 def test_large_bodies_that_never_end_fill_no_memory(service: Service) -> None:
     """250 clients send 1 MiB but for the last byte: no more than a bounded part is taken in, others are served."""
     size = 1_048_576
-    request = post("/predict", b" " * size)[:-1]
+    request = post_request("/predict", b" " * size)[:-1]
     before = memory_bytes(service)
     with clients(service, 250) as greedy, selectors.DefaultSelector() as selector:
         left = {client: memoryview(request) for client in greedy}
@@ -367,7 +369,7 @@ def test_large_bodies_that_never_end_fill_no_memory(service: Service) -> None:
 def test_many_large_bodies_at_once_all_arrive(service: Service) -> None:
     """Bodies that together are larger than the bound are read a few at a time, and all are answered."""
     text = b"a" * 900_000
-    request = post("/predict", b'{"text": "%b"}' % text)
+    request = post_request("/predict", b'{"text": "%b"}' % text)
     statuses = []
 
     def send(client: socket.socket) -> None:
@@ -385,7 +387,7 @@ def test_many_large_bodies_at_once_all_arrive(service: Service) -> None:
 
 def test_a_request_at_the_moment_of_the_idle_close(service: Service) -> None:
     """It is answered as a whole, or the connection closed before any byte of an answer."""
-    request = post("/predict", b'{"text": "a"}', b"X-Request-ID: at-the-close", b"Connection: close")
+    request = post_request("/predict", b'{"text": "a"}', b"X-Request-ID: at-the-close", b"Connection: close")
     outcomes = []
     with clients(service, 120) as idle:
         started = time.monotonic()
@@ -438,7 +440,7 @@ def knock(service: Service, count: int, model: str, is_full: Callable[[], bool])
         many = []
         for _ in range(count):
             many.append(stack.enter_context(service.connect()))
-            many[-1].sendall(post(f"/{model}", b'{"name": "released"}', b"Connection: close"))
+            many[-1].sendall(post_request(f"/{model}", b'{"name": "released"}', b"Connection: close"))
         wait_for(is_full, LIMIT_SECONDS)
         release(service, "released")
         return [answer.status for client in many for answer in answers(read_to_end(client))]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.live.service import Service, answers, is_problem, read_to_end, running, wait_for
+from tests.live.service import Service, answers, is_problem, post_request, read_to_end, running, wait_for
 
 LIMIT_SECONDS = 30
 SLACK_SECONDS = 3.0
@@ -41,11 +41,6 @@ VARIABLES = {
     "GRACEFUL_TIMEOUT": "3",
     "WEB_CONCURRENCY": "2",
 }
-
-
-def post(path: str, body: bytes, *fields: bytes) -> bytes:
-    lines = [b"POST %b HTTP/1.1" % path.encode(), b"Host: h", b"Content-Length: %d" % len(body), *fields]
-    return b"\r\n".join(lines) + b"\r\n\r\n" + body
 
 
 def wait_for_call(service: Service, name: str, count: int = 1) -> None:
@@ -110,7 +105,7 @@ class Load:
         """Returns whether the connection stays open."""
         received = b""
         try:
-            client.sendall(post("/predict", b'{"text": "a"}', *fields))
+            client.sendall(post_request("/predict", b'{"text": "a"}', *fields))
             while not received.endswith(b'"predicted(a)"}'):
                 data = client.recv(65_536)
                 if not data:
@@ -145,7 +140,7 @@ def test_a_lame_duck_serves_on(tmp_path: Path) -> None:
     """For DRAIN_SECONDS after SIGTERM new connections are served, /health says 503, and every answer closes."""
     with running(tmp_path, MODELS, **VARIABLES, DRAIN_SECONDS="3") as service:
         kept = service.connect()
-        kept.sendall(post("/predict", b'{"text": "a"}'))
+        kept.sendall(post_request("/predict", b'{"text": "a"}'))
         assert b"Connection: close" not in kept.recv(65_536)
         service.signal(signal.SIGTERM)
         started = time.monotonic()
@@ -156,7 +151,7 @@ def test_a_lame_duck_serves_on(tmp_path: Path) -> None:
         assert answer.status == 200
         assert answer.headers["connection"] == "close"
         with contextlib.closing(kept):
-            kept.sendall(post("/predict", b'{"text": "a"}'))
+            kept.sendall(post_request("/predict", b'{"text": "a"}'))
             (answer,) = answers(read_to_end(kept))
         assert answer.status == 200
         assert answer.headers["connection"] == "close"
@@ -169,14 +164,14 @@ def test_a_request_that_cannot_end_does_not_hold_up_the_end(tmp_path: Path) -> N
     variables = VARIABLES | {"REQUEST_TIMEOUT": "2.9", "DRAIN_SECONDS": "1", "WEB_CONCURRENCY": "1", "THREADS": "1"}
     with running(tmp_path, MODELS, **variables) as service:
         with service.connect() as stuck, service.connect() as late:
-            stuck.sendall(post("/wait", b'{"name": "never"}'))
+            stuck.sendall(post_request("/wait", b'{"name": "never"}'))
             wait_for_call(service, "never")
             service.signal(signal.SIGTERM)
             started = time.monotonic()
             wait_for(lambda: service.get("/health").status == 503, LIMIT_SECONDS)
             time.sleep(max(0.0, started + 1.3 - time.monotonic()))
             # In the grace period now: its deadline is after the end, and the only thread is stuck.
-            late.sendall(post("/wait", b'{"name": "late"}'))
+            late.sendall(post_request("/wait", b'{"name": "late"}'))
             (answer,) = answers(read_to_end(stuck))
             assert is_problem(answer, 504)
             assert all(is_problem(answer, 503) for answer in answers(read_to_end(late)))
@@ -194,7 +189,7 @@ def test_what_is_lost_at_the_end_is_logged(tmp_path: Path) -> None:
         client = service.connect()
         # A request comes just before the grace period, which its body makes last longer than that.
         with client:
-            client.sendall(post("/wait", b'{"name": "never"}')[:-2])
+            client.sendall(post_request("/wait", b'{"name": "never"}')[:-2])
             time.sleep(max(0.0, started + 2.5 - time.monotonic()))
             client.sendall(b'"}')
             assert read_to_end(client) == b""
@@ -209,7 +204,7 @@ def test_what_is_lost_at_the_end_is_logged(tmp_path: Path) -> None:
 def test_a_shutdown_right_after_a_reload(tmp_path: Path) -> None:
     """SIGHUP, then SIGTERM at once, with a request in the old worker: it is answered, and the exit in time."""
     with running(tmp_path, MODELS, **VARIABLES) as service, service.connect() as client:
-        client.sendall(post("/wait", b'{"name": "go"}'))
+        client.sendall(post_request("/wait", b'{"name": "go"}'))
         wait_for_call(service, "go")
         service.signal(signal.SIGHUP)
         service.signal(signal.SIGTERM)
@@ -226,7 +221,7 @@ def test_a_shutdown_right_after_a_reload(tmp_path: Path) -> None:
 def test_a_quick_end(tmp_path: Path, number: int) -> None:
     """SIGQUIT and SIGINT end the service at once, whatever is in it."""
     with running(tmp_path, MODELS, **VARIABLES) as service, service.connect() as client:
-        client.sendall(post("/wait", b'{"name": "never"}'))
+        client.sendall(post_request("/wait", b'{"name": "never"}'))
         wait_for_call(service, "never")
         workers = service.workers()
         started = time.monotonic()
@@ -261,7 +256,7 @@ def steady(service: Service) -> Iterator[Counter[int]]:
 def test_a_killed_worker_is_replaced_at_once(tmp_path: Path) -> None:
     """SIGKILL of a worker costs what was in it; the other serves meanwhile, and a new one soon does."""
     with running(tmp_path, MODELS, **VARIABLES) as service, service.connect() as client:
-        client.sendall(post("/wait", b'{"name": "held"}'))
+        client.sendall(post_request("/wait", b'{"name": "held"}'))
         wait_for_call(service, "held")
         before = service.workers()
         with steady(service) as statuses:
@@ -280,7 +275,7 @@ def test_a_killed_worker_is_replaced_at_once(tmp_path: Path) -> None:
 def test_workers_do_not_outlive_their_master(tmp_path: Path) -> None:
     """The master is killed: its workers finish what they have, let nobody in any more, and leave by themselves."""
     with running(tmp_path, MODELS, **VARIABLES) as service, service.connect() as client:
-        client.sendall(post("/wait", b'{"name": "go"}'))
+        client.sendall(post_request("/wait", b'{"name": "go"}'))
         wait_for_call(service, "go")
         workers = service.workers()
         service.signal(signal.SIGKILL)
@@ -302,7 +297,7 @@ def test_a_shutdown_with_all_connections_busy(tmp_path: Path) -> None:
         many = []
         for _ in range(10):
             many.append(stack.enter_context(service.connect()))
-            many[-1].sendall(post("/wait", b'{"name": "go"}'))
+            many[-1].sendall(post_request("/wait", b'{"name": "go"}'))
         wait_for_call(service, "go", 4)
         service.signal(signal.SIGTERM)
         wait_for(lambda: "draining" in messages(service), LIMIT_SECONDS)
