@@ -3,6 +3,7 @@
 import functools
 import json
 import logging
+import math
 import os
 import re
 import select
@@ -28,6 +29,7 @@ MAX_WRITE_BYTES = 65_536
 MAX_QUEUED_LINES = 16_384
 MAX_PATH_CHARACTERS = 512
 MAX_METHOD_CHARACTERS = 32
+SHORT_TEXT_CHARACTERS = 64
 GATHER_SECONDS = 0.01
 FLUSH_SECONDS = 1.0
 PROGRESS_SECONDS = 5.0
@@ -86,16 +88,34 @@ def access_line(
 
 
 def json_line(fields: dict[str, Any]) -> bytes:
-    """`fields` as one line of ASCII JSON of at most MAX_LINE_BYTES: the longest text is cut until it fits."""
-    line = json.dumps(fields, default=str)
+    """`fields` as one line of ASCII JSON of at most MAX_LINE_BYTES: the longest text is cut until it fits.
+
+    Where there is no long text, the last fields are left out.
+    """
+    try:
+        line = json.dumps(fields, default=str, allow_nan=False)
+    except (TypeError, ValueError):  # NaN, a name that is no text, a circle: what a model logs need not be JSON
+        fields = _as_text(fields)
+        line = json.dumps(fields)
     while len(line) >= MAX_LINE_BYTES:
-        fields = {name: value if isinstance(value, int | float) else str(value) for name, value in fields.items()}
+        fields = _as_text(fields)
         longest = max(fields, key=lambda name: len(str(fields[name])))
         text = str(fields[longest])
-        # The end of a traceback says most, the beginning of any other text.
-        fields[longest] = "…" + text[-len(text) // 2 :] if longest == "exception" else text[: len(text) // 2] + "…"
+        if len(text) <= SHORT_TEXT_CHARACTERS:
+            fields.popitem()
+        else:  # the end of a traceback says most, the beginning of any other text
+            fields[longest] = "…" + text[-len(text) // 2 :] if longest == "exception" else text[: len(text) // 2] + "…"
         line = json.dumps(fields)
     return line.encode("ascii") + b"\n"
+
+
+def _as_text(fields: dict[Any, Any]) -> dict[str, Any]:
+    """`fields` with nothing in them but texts and finite numbers."""
+
+    def is_number(value: Any) -> bool:
+        return isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+
+    return {str(name): value if is_number(value) else str(value) for name, value in fields.items()}
 
 
 class JSONFormatter(logging.Formatter):
