@@ -247,9 +247,9 @@ class Batcher:
         self._observe(len(batch))
         try:
             outputs = self._predict_batch([call.inputs[index] for call, index in batch])
-            if isinstance(outputs, _NO_LIST) or len(outputs) != len(batch):
+            # What has as many rows need not have as many items: those of a pandas table are its columns.
+            if isinstance(outputs, _NO_LIST) or not len(batch) == len(outputs) == len(outputs := list(outputs)):
                 raise TypeError(f"predict_batch() must return a list of as many outputs as inputs, here {len(batch)}")
-            outputs = list(outputs)
         except BaseException as exc:  # see _predict_one
             if isinstance(exc, ValueError):
                 log.info("a batch was refused: its inputs are predicted one by one", extra={"size": len(batch)})

@@ -367,6 +367,11 @@ class _RaisesHalfway(list[Any]):
         raise RuntimeError
 
 
+class _Table(list[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        yield from ("a column", "another")
+
+
 @pytest.mark.parametrize(
     "spoil",
     [
@@ -380,6 +385,7 @@ class _RaisesHalfway(list[Any]):
         lambda outputs: b"x" * len(outputs),
         _generator,
         _RaisesHalfway,
+        _Table,
     ],
 )
 @pytest.mark.parametrize("size", [1, 5])
