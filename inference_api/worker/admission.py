@@ -53,7 +53,11 @@ class Admission:
 
     def is_quick(self, exchange: Exchange) -> bool:
         """Whether a request is known to take next to no time, and to wait for nothing."""
-        return 0.0 < exchange.cost < QUICK_SECONDS and exchange.path not in self._gathering
+        path = exchange.path
+        if not exchange.cost or path in self._gathering:
+            return False
+        # By what is known now: of many that wait when the first turns out not to be quick, none is taken for it.
+        return self._service_seconds[path] < QUICK_SECONDS
 
     def leave(self, exchange: Exchange) -> None:
         """A request is no longer among the work to be done; to say so again changes nothing."""

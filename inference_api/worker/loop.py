@@ -50,7 +50,9 @@ log = logging.getLogger("inference_api.worker")
 
 _NO_ENVIRON: dict[str, Any] = {}
 _IDLE_PHASES = (Phase.IDLE, Phase.LINGERING)
-_NOT_SERVED = (404, 405)  # what clients make up is not learnt from: it would crowd out the paths that exist
+# What is not learnt from: paths that clients make up, which would crowd out those that exist, and 503, by which the
+# application says that it has not called the model.
+_NOT_SERVED = (404, 405, 503)
 _DETAILS = {
     "pending": "Too many requests are waiting.",
     "deadline": "The answer would come too late.",
@@ -160,8 +162,9 @@ class Loop:
         try:
             slow, self._quick = self._quick, None
             if slow is not None:
-                self._admission.observe(slow, TAKE_OVER_SECONDS, weight=1.0)
+                self._admission.observe(slow, max(slow.cost, TAKE_OVER_SECONDS), weight=1.0)
                 self._pool.lend(slow)
+                self._pool.wake()  # for what stood behind it in the queue
             while self._grace_ends is None or self._connections or not self._listener.is_done:
                 if not self._turn():
                     return
@@ -187,7 +190,7 @@ class Loop:
             if not self._role.acquire(blocking=False):
                 return False
             self._quick = None
-            if self._last_quick - self._now > TURN_SECONDS:
+            if self._last_quick - self._now > TURN_SECONDS and self._has_quick():
                 return True
         self._pool.wake()
         return True
@@ -471,7 +474,7 @@ class Loop:
     def _record(self, exchange: Exchange) -> None:
         """One access line and one count for each request."""
         started = exchange.started
-        seconds = self._now - exchange.arrived
+        seconds = max(self._now, exchange.ended) - exchange.arrived  # it may have been run in this very turn
         wait_seconds = started - exchange.arrived if started else None
         if self._settings.metrics:
             self._metrics.record(exchange.path, exchange.method, exchange.status, seconds, wait_seconds)

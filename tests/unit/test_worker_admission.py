@@ -196,3 +196,11 @@ def test_quick_is_what_is_known_to_be() -> None:
     quick, gathering = queue.add(), queue.add("/batch")
     is_quick = [queue.admission.is_quick(e) for e in (unknown, quick, gathering) if isinstance(e, Exchange)]
     assert is_quick == [False, True, False]
+
+
+def test_quick_is_not_what_has_turned_out_to_be_slow() -> None:
+    """Requests that were let in as quick ones wait for threads like any others then."""
+    queue = Queue(threads=9, known_seconds=0.0001)
+    quick = queue.add_many(1)[0]
+    queue.admission.observe(quick, 0.005, weight=1.0)
+    assert not queue.admission.is_quick(quick)
