@@ -107,6 +107,7 @@ class Loop:
         # Were every connection taken by a request that waits, nobody could be told that it waits in vain.
         max_waiting = settings.max_connections - settings.max_connections // RESERVED_PART
         self._admission = Admission(self._pool, min(settings.max_pending, max_waiting), settings.request_timeout)
+        self._orphans: set[Exchange] = set()  # that threads run although their clients have left
         self._role = threading.Lock()  # held by the I/O thread, but while it runs `_quick`
         self._quick: Exchange | None = None
         self._last_quick = 0.0  # when there was a request that is quick
@@ -284,6 +285,7 @@ class Loop:
             self._get_pool.take_back(exchange)
             return
         self._pool.take_back(exchange)
+        self._orphans.discard(exchange)
         self._admission.leave(exchange)
         if exchange.is_done and exchange.status not in _NOT_SERVED:
             self._admission.observe(exchange, exchange.ended - exchange.started)
@@ -543,6 +545,8 @@ class Loop:
                 exchange.status = GONE_STATUS
                 self._metrics.gone()
                 self._record(exchange)
+                if exchange.started and not exchange.is_get and not exchange.is_done:
+                    self._orphans.add(exchange)
         self._close(connection)
 
     def _abandon(self, exchange: Exchange) -> None:
@@ -632,9 +636,8 @@ class Loop:
             self._refuse(connection, 408, f"The request took longer than {self._settings.read_timeout:g} seconds.")
         elif connection.phase is Phase.RUNNING and exchange is not None:
             self._abandon(exchange)
-            if exchange.started and not exchange.is_get and not exchange.is_lent:
-                self._pool.overdue.add(exchange)
-                self._admission.leave(exchange)
+            if exchange.started and not exchange.is_get:
+                self._overdue(exchange)
             self._metrics.timed_out()
             log.warning("deadline passed", extra={**fields_of(exchange), "started": bool(exchange.started)})
             if exchange.room is not None:  # part of the answer is out
@@ -645,6 +648,11 @@ class Loop:
                 self._answer(connection, exchange, 504, detail)
         else:
             self._close(connection)
+
+    def _overdue(self, exchange: Exchange) -> None:
+        """Its thread is not counted on any more, until it comes back."""
+        self._pool.overdue.add(exchange)
+        self._admission.leave(exchange)
 
     def _resume(self) -> None:
         """Read on from connections that hold much: from all where there is room again, else from the first."""
@@ -664,6 +672,9 @@ class Loop:
 
     def _check_threads(self) -> None:
         """A worker whose threads are all stuck lets nobody in, and its heartbeat ends, so that it is replaced."""
+        for exchange in [e for e in self._orphans if e.deadline <= self._now]:
+            self._orphans.remove(exchange)
+            self._overdue(exchange)
         is_stuck = 0 < self._pool.size <= len(self._pool.overdue)
         if is_stuck and self._grace_ends is None:
             self._listener.pause(self._now)

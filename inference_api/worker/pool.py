@@ -46,7 +46,7 @@ class Pool:
         self.size = 0
         self.jobs: deque[Exchange] = deque()
         self.taken = 0  # exchanges that wait or run
-        self.overdue: set[Exchange] = set()  # of those, the ones that run past their deadline
+        self.overdue: set[Exchange] = set()  # the ones that run past their deadline, lent ones among them
         self._idle: list[threading.Lock] = []
         self._run = run
 
@@ -59,7 +59,7 @@ class Pool:
     @property
     def useful_threads(self) -> int:
         """How many threads can be counted on."""
-        return self.size - len(self.overdue)
+        return self.size - sum(not exchange.is_lent for exchange in self.overdue)
 
     def submit(self, exchange: Exchange) -> None:
         """Queue a request; `wake` lets it be run, and its last piece must be followed by `take_back`."""

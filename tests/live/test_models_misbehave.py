@@ -3,6 +3,8 @@
 import contextlib
 import os
 import signal
+import socket
+import struct
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -118,6 +120,10 @@ class Client:
     def close(self) -> None:
         self._sock.close()
 
+    def reset(self) -> None:
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self._sock.close()
+
 
 @contextlib.contextmanager
 def clients_of_both(service: Service, count: int) -> Iterator[tuple[list[Client], list[Client]]]:
@@ -191,6 +197,18 @@ def test_a_worker_that_is_stuck_is_replaced(service: Service) -> None:
         assert time.monotonic() - started < REQUEST_TIMEOUT + TIMEOUT + 2 + SLACK_SECONDS
         wait_for(lambda: len(service.workers()) == 2, LIMIT_SECONDS)
         assert set(service.workers()) & workers == {other.worker}
+
+
+def test_a_worker_is_stuck_even_if_its_clients_have_left(service: Service) -> None:
+    """All of its threads hang for clients that reset their connections before the deadline: it is replaced, too."""
+    with clients_of_both(service, 3) as ((first, second, third), _):
+        for client in (first, second):
+            client.send("hang", "never again")
+        service.wait_for_metric("requests_in_flight", 2)
+        first.reset()
+        second.reset()
+        wait_for(lambda: third.get("/health").json == {"status": "stuck"}, LIMIT_SECONDS)
+        wait_for(partial(is_replaced, service, third.worker), LIMIT_SECONDS)
 
 
 @pytest.mark.parametrize("does", ["abort", "be killed"])

@@ -112,6 +112,19 @@ def test_overdue_threads_are_not_counted_on(runs: Runs) -> None:
     assert pool.useful_threads == 2
 
 
+def test_what_another_thread_runs_costs_the_pool_none(runs: Runs) -> None:
+    """Past its deadline it is counted, but all threads of the pool are as useful as before."""
+    pool = Pool("test", runs)
+    pool.grow(2)
+    late = exchange()
+    pool.submit(late)
+    pool.lend(late)
+    pool.overdue.add(late)
+    assert (len(pool.overdue), pool.useful_threads, pool.taken) == (1, 2, 0)
+    pool.take_back(late)
+    assert (len(pool.overdue), pool.useful_threads, pool.taken) == (0, 2, 0)
+
+
 def test_a_pool_grows_and_never_shrinks(runs: Runs) -> None:
     """The models decide how many threads are of use, once they are loaded."""
     pool = Pool("growing", runs)
