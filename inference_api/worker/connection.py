@@ -107,6 +107,7 @@ class Connection:
 
     def refused(self) -> Exchange:
         """A stand-in for a request that could not be read, so that its refusal is answered and logged like others."""
+        self._body = None  # the connection may linger: what has come of the body is not kept meanwhile
         known = {"REQUEST_METHOD": "", "PATH_INFO": "", **(self._environ or {})}
         return Exchange(self, known, b"", is_http11=True, keep_alive=False)
 

@@ -126,12 +126,13 @@ class Loop:
 
     def _run(self, exchange: Exchange) -> None:
         """Called in application threads."""
+        environ = exchange.environ  # which is taken away once it is abandoned
         late_seconds = exchange.started - exchange.arrived
         # One that has waited too long to be finished in time is not started.
         if exchange.abandoned or (late_seconds > LATE_SECONDS and exchange.started + exchange.cost > exchange.deadline):
             self._outbox.deliver(exchange, None, True)
         else:
-            run(self._application, exchange, self._outbox)
+            run(self._application, environ, exchange, self._outbox)
         if self._has_forked:  # in the model: the child must not serve its parent's connections
             os._exit(0)
 
@@ -470,8 +471,12 @@ class Loop:
         exchange.abandoned = True
         if self._outbox.closing:
             exchange.keep_alive = False
-        if self._send(connection, problem_answer(exchange, status, detail, list(more))):
+        is_connected = self._send(connection, problem_answer(exchange, status, detail, list(more)))
+        exchange.status = status  # the application may have set its own meanwhile
+        if is_connected:
             self._answered(connection, exchange)
+        else:
+            self._record(exchange)
 
     def _record(self, exchange: Exchange) -> None:
         """One access line and one count for each request."""
@@ -529,7 +534,7 @@ class Loop:
         return False
 
     def _is_idle(self, connection: Connection) -> bool:
-        if connection.phase not in _IDLE_PHASES or connection not in self._connections:
+        if connection.phase not in _IDLE_PHASES or connection.buffer or connection not in self._connections:
             return False
         try:
             return connection.phase is Phase.LINGERING or not connection.sock.recv(1, socket.MSG_PEEK)
@@ -720,7 +725,7 @@ class Loop:
             self.shut_down()
         elif self._decide_at and now >= self._decide_at:
             self.leave()
-        if 0 < self._max_requests <= self._requests and self._grace_ends is None:
+        if 0 < self._max_requests <= self._requests and self._drain_ends is None and self._grace_ends is None:
             log.info("leaving after MAX_REQUESTS requests", extra={"requests": self._requests})
             self.leave()
         if self._drain_ends is not None and self._grace_ends is None and now >= self._drain_ends:

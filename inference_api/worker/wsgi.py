@@ -288,11 +288,11 @@ def fields_of(exchange: Exchange) -> dict[str, str]:
     return {"request_id": exchange.request_id, "method": exchange.method, "path": exchange.path}
 
 
-def run(application: Application, exchange: Exchange, server: Server) -> None:
+def run(application: Application, environ: dict[str, Any], exchange: Exchange, server: Server) -> None:
     """Call the application for one request and send what it gives; close() is always called. Never raises."""
     answer = Answer(exchange, server)
     try:
-        result = application(exchange.environ, answer.start_response)
+        result = application(environ, answer.start_response)
         try:
             answer.finish(result)
         finally:

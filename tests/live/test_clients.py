@@ -366,6 +366,19 @@ def test_large_bodies_that_never_end_fill_no_memory(service: Service) -> None:
             assert is_problem(answer, 408)
 
 
+def test_refused_bodies_are_not_kept(service: Service) -> None:
+    """Nearly 1 MiB of a chunked body and then nonsense, 200 times: no memory is held while the connections linger."""
+    size = 1_000_000
+    request = b"POST /predict HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n" % size + b" " * size
+    before = memory_bytes(service)
+    with clients(service, 200) as many:
+        for client in many:
+            client.sendall(request + b"nonsense")
+            (answer,) = answers(read_to_end(client))
+            assert is_problem(answer, 400)
+        assert memory_bytes(service) - before < 50 * size
+
+
 def test_many_large_bodies_at_once_all_arrive(service: Service) -> None:
     """Bodies that together are larger than the bound are read a few at a time, and all are answered."""
     text = b"a" * 900_000
@@ -383,6 +396,16 @@ def test_many_large_bodies_at_once_all_arrive(service: Service) -> None:
         for thread in threads:
             thread.join()
     assert statuses == [422] * 100  # longer than the model takes: read as a whole, and refused
+
+
+def test_a_refusal_that_nobody_reads_is_logged(service: Service) -> None:
+    """The client has gone while its first request was answered; what it sent after it gets its line all the same."""
+    before = len(service.access_lines())
+    for _ in range(5):
+        with service.connect() as client:
+            client.sendall(HEALTH + b"nonsense\r\n\r\n")
+    wait_for(lambda: len(service.access_lines()) == before + 10, LIMIT_SECONDS)
+    assert sorted(line["status"] for line in service.access_lines()[before:]) == [200] * 5 + [400] * 5
 
 
 def test_a_request_at_the_moment_of_the_idle_close(service: Service) -> None:
@@ -412,6 +435,21 @@ def test_more_busy_connections_than_allowed_wait_for_their_turn(tmp_path: Path) 
         results = knock(service, 25, "wait", lambda: len(calls(service)) == 10)
         assert results == [200] * 25
         assert service.get("/health").status == 200
+
+
+def test_pipelined_requests_are_not_cut_off_for_room(tmp_path: Path) -> None:
+    """Between two of them a connection is not idle: who knocks meanwhile has to wait until it is."""
+    count = 900
+    with running(tmp_path, MODELS, **VARIABLES | {"MAX_CONNECTIONS": "1"}) as service, service.connect() as client:
+        ends = time.monotonic() + 0.5
+        while time.monotonic() < ends:  # then the service knows the model to be quick
+            client.sendall(post_request("/predict", b'{"text": "a"}'))
+            assert answer_of(client).status == 200
+        client.sendall(post_request("/predict", b'{"text": "a"}') * count)
+        with service.connect() as other:
+            other.sendall(HEALTH)
+            assert [answer.status for answer in answers(read_to_end(client))] == [200] * count
+            assert answer_of(other).status == 200
 
 
 def test_running_out_of_descriptors_does_not_end_the_worker(tmp_path: Path) -> None:

@@ -159,6 +159,17 @@ def test_a_lame_duck_serves_on(tmp_path: Path) -> None:
         assert time.monotonic() - started >= 3
 
 
+def test_a_lame_duck_does_not_leave_for_its_requests(tmp_path: Path) -> None:
+    """More than MAX_REQUESTS of them while it drains: it serves on, and says nothing of leaving."""
+    with running(tmp_path, MODELS, **VARIABLES, DRAIN_SECONDS="2", MAX_REQUESTS="40") as service:
+        service.signal(signal.SIGTERM)
+        wait_for(lambda: "draining" in messages(service), LIMIT_SECONDS)
+        for _ in range(200):
+            assert service.post("/predict", {"text": "a"}).status == 200
+        assert service.process.wait(LIMIT_SECONDS) == 0
+    assert not [message for message in messages(service) if "MAX_REQUESTS" in message]
+
+
 def test_a_request_that_cannot_end_does_not_hold_up_the_end(tmp_path: Path) -> None:
     """A thread is stuck: its client gets 504, the service exits within its drain and grace, saying what it lost."""
     variables = VARIABLES | {"REQUEST_TIMEOUT": "2.9", "DRAIN_SECONDS": "1", "WEB_CONCURRENCY": "1", "THREADS": "1"}
