@@ -73,8 +73,10 @@ class Admission:
         elif known is not None or len(self._service_seconds) < MAX_PATHS:
             self._service_seconds[path] = seconds
             self._guessed.discard(path)
-            if "is_waiting" in vars(exchange):  # it was set, so that the model is one that batches
-                self._gathering.add(path)
+        if (
+            "is_waiting" in vars(exchange) and path in self._service_seconds
+        ):  # it was set: the model is one that batches
+            self._gathering.add(path)
 
     def hopeless(self, exchanges: Iterable[Exchange], now: float) -> list[Exchange]:
         """Those of the requests let in that, by what has been learnt since, cannot be answered in time."""

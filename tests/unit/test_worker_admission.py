@@ -204,3 +204,15 @@ def test_quick_is_not_what_has_turned_out_to_be_slow() -> None:
     quick = queue.add_many(1)[0]
     queue.admission.observe(quick, 0.005, weight=1.0)
     assert not queue.admission.is_quick(quick)
+
+
+def test_a_path_whose_first_request_never_met_its_model_is_still_found_to_batch() -> None:
+    """One refused for its key or its shape waits for no batch; the first that does says what the model is."""
+    queue = Queue()
+    queue.admission.observe(exchange("/batch"), 0.0001)
+    batching = exchange("/batch")
+    batching.is_waiting = False
+    queue.admission.observe(batching, 0.0001)
+    added = queue.add("/batch")
+    assert isinstance(added, Exchange)
+    assert not queue.admission.is_quick(added)
