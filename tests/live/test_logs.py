@@ -37,6 +37,11 @@ class Reader:
             self.received += data
             time.sleep(self.pause_seconds)
 
+    def said_dropped(self) -> int:
+        """How many lines the log has said so far to be missing."""
+        whole, _, _ = self.received.rpartition(b"\n")
+        return sum(json.loads(line)["dropped"] for line in whole.splitlines() if b'"log lines dropped"' in line)
+
     def lines(self) -> list[dict[str, Any]]:
         """All that came, once the service has ended: each line must be one JSON object."""
         self._thread.join(LIMIT_SECONDS)
@@ -106,6 +111,8 @@ def test_an_unread_pipe_costs_lines_and_nothing_else(tmp_path: Path) -> None:
         wait_for(lambda: b'"log lines dropped"' in reader.received, LIMIT_SECONDS)
         assert service.post("/predict", {"text": "a"}, {"X-Request-ID": "the-last"}).status == 200
         wait_for(lambda: b'"the-last"' in reader.received, LIMIT_SECONDS)
+        # The log and the metrics each say it a moment later.
+        wait_for(lambda: service.metrics()["log_lines_dropped_total"] == reader.said_dropped(), LIMIT_SECONDS)
         dropped = service.metrics()["log_lines_dropped_total"]
     lines = reader.lines()
     assert sum(line["dropped"] for line in lines if line["message"] == "log lines dropped") == dropped
