@@ -23,7 +23,7 @@ def main() -> None:
     whole = path.with_suffix(".new")
     whole.write_bytes(model.SerializeToString())
     whole.replace(path)
-    print(path)  # noqa: T201
+    print(path)  # noqa: T201 - a program for users
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def main() -> None:
     dump(classifier, whole)
     whole.replace(path)  # a service that reloads meanwhile finds the old file or the new one, never half of one
     accuracy = classifier.score(test_images, test_labels)
-    print(f"{path}: {accuracy:.1%} of {len(test_labels)} images that it has not seen are read right")  # noqa: T201
+    print(f"{path}: {accuracy:.1%} of {len(test_labels)} images that it has not seen are read right")  # noqa: T201 - a program for users
 
 
 if __name__ == "__main__":

@@ -31,11 +31,11 @@ def _check() -> int:
         if service.settings.preload:
             require_one_thread()
     except ModelError as exc:
-        print(f"inference_api: {exc}", file=sys.stderr)  # noqa: T201
+        print(f"inference_api: {exc}", file=sys.stderr)  # noqa: T201 - for whoever runs it by hand
         return 1
     for schema in service.schemas:
-        print(f"{schema.path}: {schema.model.name}/{schema.model.version}")  # noqa: T201
-    print("ok")  # noqa: T201
+        print(f"{schema.path}: {schema.model.name}/{schema.model.version}")  # noqa: T201 - what was asked for
+    print("ok")  # noqa: T201 - what was asked for
     return 0
 
 

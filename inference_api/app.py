@@ -98,7 +98,7 @@ def _add_metrics(app: App, render: Callable[[], bytes]) -> None:
 
 def _predictor(settings: Settings, schema: Schema, metrics: Metrics) -> Predictor:
     if _batches(settings, schema):
-        predict_batch = schema.model.predict_batch  # type: ignore[attr-defined]
+        predict_batch = schema.model.predict_batch  # type: ignore[attr-defined] # optional, see _batches
         gathering = Gathering(settings.max_batch_size)
         return Batcher(predict_batch, schema.call, gathering, observe=partial(metrics.batched, schema.path))
     return Direct(schema.call, thread_safe=getattr(schema.model, "thread_safe", True))

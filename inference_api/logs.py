@@ -258,7 +258,7 @@ class _Handler(logging.Handler):
         super().close()
 
 
-class Logger(glogging.Logger):  # type: ignore[misc]
+class Logger(glogging.Logger):  # type: ignore[misc] # Gunicorn has no types
     """Gunicorn's logger class: sends every line of the process through one LineWriter.
 
     What a model, or a library below it, prints goes to stderr, so that it never stands between the lines.

@@ -23,7 +23,7 @@ shows in the latency of /health."""
 log = logging.getLogger("inference_api.worker")
 
 
-class Worker(BaseWorker):  # type: ignore[misc]
+class Worker(BaseWorker):  # type: ignore[misc] # Gunicorn has no types
     """A worker class for Gunicorn's `worker_class`. The hooks in inference_api/arbiter.py give it its settings."""
 
     loop: Loop | None = None
