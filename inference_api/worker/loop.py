@@ -1,10 +1,9 @@
-"""The I/O thread: owns every socket and decides what becomes of every answer; other threads run the application."""
+"""The I/O thread's duties: it owns every socket and decides what becomes of every answer."""
 
 import logging
 import os
 import selectors
 import socket
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -13,13 +12,16 @@ from operator import itemgetter
 from typing import Any
 
 from inference_api.config import Settings
-from inference_api.logs import LineWriter, access_line, timestamp, trace_id
+from inference_api.logs import LineWriter
 from inference_api.metrics import Metrics
 from inference_api.worker.admission import Admission
 from inference_api.worker.connection import MAX_PIPELINED_BYTES, Connection, Phase
 from inference_api.worker.http import Refusal
+from inference_api.worker.journal import Journal
+from inference_api.worker.lifecycle import Lifecycle
 from inference_api.worker.listener import Listener
 from inference_api.worker.pool import Outbox, Pool
+from inference_api.worker.role import Role
 from inference_api.worker.wsgi import Application, Exchange, fields_of, problem_answer, run
 
 READ_BYTES = 65_536
@@ -31,14 +33,7 @@ TICK_SECONDS = 0.1
 HEARTBEAT_SECONDS = 1.0
 LINGER_SECONDS = 1.0
 IDLE_AT_CLOSE_SECONDS = 1.0
-DECIDE_SECONDS = 0.2
-"""A process group's SIGTERM may reach a worker before the master has said that it means the whole service."""
 LATE_SECONDS = 0.01
-TURN_SECONDS = 0.002
-"""How long the I/O thread runs quick requests before it looks after its sockets again."""
-TAKE_OVER_SECONDS = 0.005
-"""How long a request that was thought to be quick keeps the I/O thread before another one takes its place."""
-LULL_SECONDS = 1.0
 RESERVED_PART = 8
 """One of so many connections is not for requests that wait, but for /health and refusals."""
 GONE_STATUS = 499
@@ -81,17 +76,13 @@ class Loop:
         heartbeat: Callable[[], bool],
         is_shutdown: Callable[[], bool],
     ) -> None:
-        self._state = "healthy"
         self._application = application
         self._connect = connect
         self._settings = settings
-        self._max_requests = max_requests
         self._writer = writer
         self._metrics = metrics
-        self._access_log = settings.access_log and logging.getLogger().isEnabledFor(logging.INFO)
-        self._lines: list[bytes] = []
+        self._journal = Journal(settings, writer, metrics)
         self._heartbeat = heartbeat
-        self._is_shutdown = is_shutdown
         self._selector = selectors.DefaultSelector()
         self._listener = Listener(listeners, self._selector, self._has_room, self._evict, self._admit)
         self._connections: set[Connection] = set()
@@ -108,21 +99,12 @@ class Loop:
         max_waiting = settings.max_connections - settings.max_connections // RESERVED_PART
         self._admission = Admission(self._pool, min(settings.max_pending, max_waiting), settings.request_timeout)
         self._orphans: set[Exchange] = set()  # that threads run although their clients have left
-        self._role = threading.Lock()  # held by the I/O thread, but while it runs `_quick`
-        self._quick: Exchange | None = None
-        self._last_quick = 0.0  # when there was a request that is quick
-        self._is_watched = False
+        self._role = Role(self, self._pool, self._admission, self._run)
+        self._lifecycle = Lifecycle(settings, max_requests, self._listener, self._outbox, is_shutdown)
         self._has_forked = False
-        self._left = threading.Event()
-        self._failure: BaseException | None = None
         self._requests = 0
         self._now = time.monotonic()
-        self._stamp = ""  # the time of day as log lines have it, once it is asked for in this turn
         self._next_tick = self._next_heartbeat = 0.0
-        self._stop_requested = False
-        self._decide_at: float | None = None
-        self._drain_ends: float | None = None
-        self._grace_ends: float | None = None
 
     def _run(self, exchange: Exchange) -> None:
         """Called in application threads."""
@@ -136,87 +118,33 @@ class Loop:
         if self._has_forked:  # in the model: the child must not serve its parent's connections
             os._exit(0)
 
-    # The I/O thread is a role: whoever has it runs quick requests itself. To hand one to another thread, which would
-    # compete with this one for the interpreter, costs more than the request. Should one not be quick for once, the role
-    # goes to a new thread, and the one that is busy with it has become an application thread.
-
-    def serve(self) -> None:
-        """Serve until the worker has left: after `shut_down` or `leave`, and what was begun is finished.
-
-        The calling thread only watches, so that signal handlers always run at once.
-        """
-        os.register_at_fork(after_in_child=self._forked)
-        self._get_pool.grow(1)
-        self._role.acquire()
-        self._start()
-        while not self._left.wait(TAKE_OVER_SECONDS if self._is_watched else TICK_SECONDS):
-            now, quick = time.monotonic(), self._quick
-            self._is_watched = now - self._last_quick < LULL_SECONDS
-            if quick and now - quick.started > TAKE_OVER_SECONDS and self._role.acquire(blocking=False):
-                self._start()
-        if self._failure is not None:
-            raise self._failure
-
-    def _start(self) -> None:
-        threading.Thread(target=self._live, name="io", daemon=True).start()
-
-    def _live(self) -> None:
-        try:
-            slow, self._quick = self._quick, None
-            if slow is not None:
-                self._admission.observe(slow, max(slow.cost, TAKE_OVER_SECONDS), weight=1.0)
-                self._pool.lend(slow)
-                self._pool.wake()  # for what stood behind it in the queue
-            while self._grace_ends is None or self._connections or not self._listener.is_done:
-                if not self._turn():
-                    return
-        except BaseException as exc:
-            self._failure = exc
-        self._left.set()
-
     def _forked(self) -> None:
         self._has_forked = True
 
-    def _work(self) -> bool:
-        """Let what has been submitted be run; returns whether this thread still is the I/O thread."""
-        jobs = self._pool.jobs
-        while self._has_quick():
-            try:
-                exchange = jobs.popleft()
-            except IndexError:  # an application thread has taken it
-                break
-            self._last_quick = exchange.started = time.monotonic()
-            self._quick = exchange
-            self._role.release()
-            self._run(exchange)
-            if not self._role.acquire(blocking=False):
-                return False
-            self._quick = None
-            if self._last_quick - self._now > TURN_SECONDS and self._has_quick():
-                return True
-        self._pool.wake()
-        return True
+    def serve(self) -> None:
+        """Serve until the worker has left: after `request_stop`, and what was begun is finished."""
+        os.register_at_fork(after_in_child=self._forked)
+        self._get_pool.grow(1)
+        self._role.serve()
 
-    def _has_quick(self) -> bool:
-        """Whether the next request is one to be run by the I/O thread."""
-        try:
-            is_quick = self._admission.is_quick(self._pool.jobs[0])
-        except IndexError:
-            return False
-        if is_quick and not self._is_watched:
-            self._last_quick = self._now
-        return is_quick and self._is_watched
+    def request_stop(self) -> None:
+        """Shut down or leave soon; called in a signal handler."""
+        self._lifecycle.stop_requested = True
 
-    # One turn of the loop.
+    # One turn of the loop, see role.py.
 
-    def _turn(self) -> bool:
-        outbox, jobs = self._outbox, self._pool.jobs
+    def is_over(self) -> bool:
+        """Whether the worker has finished what it has to before it leaves."""
+        return self._lifecycle.is_in_grace and not self._connections and self._listener.is_done
+
+    def receive(self, *, may_wait: bool) -> float:
+        """Accept and read what has come, and submit the requests that are complete; returns the time of the turn."""
+        outbox = self._outbox
         outbox.is_asleep = True
-        is_due = outbox.pieces or self._ready or self._stop_requested or self._has_quick()
+        is_due = outbox.pieces or self._ready or self._lifecycle.stop_requested or not may_wait
         events = self._selector.select(0.0 if is_due else max(0.0, self._next_tick - time.monotonic()))
         outbox.is_asleep = False
         self._now = time.monotonic()
-        self._stamp = ""
         for key, mask in events:
             target = key.data
             if type(target) is Connection:
@@ -228,19 +156,18 @@ class Loop:
         for _ in range(len(self._ready)):
             self._handle(self._ready.popleft(), 0)
         self._get_pool.wake()
-        if jobs and not self._work():
-            return False
+        return self._now
+
+    def respond(self) -> None:
+        """Send the answers that are there, and do what its time has come for."""
         self._collect()
-        if self._stop_requested:
-            self._stop_requested = False
-            self._decide_at = self._now + DECIDE_SECONDS
+        if self._lifecycle.stop_requested:
+            self._lifecycle.stop_requested = False
+            self._lifecycle.stop(self._now)
             self._next_tick = self._now
         if self._now >= self._next_tick:
             self._tick()
-        if self._lines:
-            self._writer.write(self._lines)
-            self._lines.clear()
-        return True
+        self._journal.write()
 
     def _handle(self, connection: Connection, mask: int) -> None:
         try:
@@ -353,7 +280,7 @@ class Loop:
             self._paused.pop(connection, None)
         if exchange.method in ("GET", "HEAD"):  # health never waits behind predictions
             exchange.is_get = True
-            exchange.environ["inference_api.state"] = self._state
+            exchange.environ["inference_api.state"] = self._lifecycle.state
             if len(self._get_pool.jobs) < self._settings.max_pending:
                 self._get_pool.submit(exchange)
             else:
@@ -479,28 +406,7 @@ class Loop:
             self._record(exchange)
 
     def _record(self, exchange: Exchange) -> None:
-        """One access line and one count for each request."""
-        started = exchange.started
-        seconds = max(self._now, exchange.ended) - exchange.arrived  # it may have been run in this very turn
-        wait_seconds = started - exchange.arrived if started else None
-        if self._settings.metrics:
-            self._metrics.record(exchange.path, exchange.method, exchange.status, seconds, wait_seconds)
-        if self._access_log:
-            self._stamp = self._stamp or timestamp(time.time())
-            traceparent = exchange.environ.get("HTTP_TRACEPARENT")
-            self._lines.append(
-                access_line(
-                    self._stamp,
-                    exchange.request_id,
-                    exchange.method or None,
-                    exchange.path,
-                    exchange.status,
-                    seconds,
-                    wait_seconds,
-                    exchange.model,
-                    trace_id(traceparent) if traceparent is not None else None,
-                )
-            )
+        self._journal.record(exchange, self._now)
         exchange.environ = _NO_ENVIRON  # which refers back to the exchange, and holds the body
 
     # The beginning and the end of connections.
@@ -515,7 +421,9 @@ class Loop:
     def _idle(self, connection: Connection) -> None:
         connection.phase = Phase.IDLE
         connection.since = self._now
-        connection.expires = self._now + (IDLE_AT_CLOSE_SECONDS if self._grace_ends else self._settings.keep_alive)
+        connection.expires = self._now + (
+            IDLE_AT_CLOSE_SECONDS if self._lifecycle.is_in_grace else self._settings.keep_alive
+        )
 
     def _has_room(self) -> bool:
         return len(self._connections) < self._settings.max_connections or self._evict()
@@ -621,8 +529,8 @@ class Loop:
         if now >= self._next_heartbeat:
             self._next_heartbeat = now + HEARTBEAT_SECONDS
             pool.grow(getattr(self._application, "threads", self._settings.threads or 1))
-            if self._state != "stuck" and not self._heartbeat():
-                self.shut_down()
+            if not self._lifecycle.is_stuck and not self._heartbeat():
+                self._lifecycle.shut_down(now)
         pending = len(pool.jobs)
         self._metrics.gauges(
             in_flight=max(0, pool.taken - pending),
@@ -631,7 +539,7 @@ class Loop:
             threads_stuck=len(pool.overdue),
         )
         self._metrics.log_lines_dropped(self._writer.take_dropped())
-        is_busy = self._connections or self._grace_ends or self._drain_ends
+        is_busy = self._connections or not self._lifecycle.is_serving
         self._next_tick = now + TICK_SECONDS if is_busy else self._next_heartbeat
 
     def _expire(self, connection: Connection) -> None:
@@ -681,57 +589,21 @@ class Loop:
             self._orphans.remove(exchange)
             self._overdue(exchange)
         is_stuck = 0 < self._pool.size <= len(self._pool.overdue)
-        if is_stuck and self._grace_ends is None:
+        if is_stuck and not self._lifecycle.is_in_grace:
             self._listener.pause(self._now)
-        if is_stuck != (self._state == "stuck"):
-            self._state = "stuck" if is_stuck else "draining" if self._drain_ends is not None else "healthy"
+        if is_stuck != self._lifecycle.is_stuck:
+            self._lifecycle.is_stuck = is_stuck
             if is_stuck:
                 log.error("all threads are stuck", extra={"threads": self._pool.size})
             else:
                 log.warning("threads are free again")
 
-    # The end of the worker.
-
-    def request_stop(self) -> None:
-        """Called in a signal handler: `shut_down` or `leave` soon."""
-        self._stop_requested = True
-
-    def shut_down(self) -> None:
-        """The service ends: serve on as a lame duck, /health saying so, then let nobody in and finish."""
-        if self._drain_ends is None:
-            log.info("draining", extra={"seconds": self._settings.drain_seconds})
-            self._state = "draining"
-            self._outbox.closing = True
-            self._listener.serve()
-            self._drain_ends = self._now + self._settings.drain_seconds
-            self._grace_ends = None
-
-    def leave(self) -> None:
-        """This worker is replaced: let nobody in, finish, and go. Others serve on, so that /health does not change."""
-        if self._drain_ends is None and self._grace_ends is None:
-            self._listener.leave()
-            self._begin_grace()
-
-    def _begin_grace(self) -> None:
-        self._outbox.closing = True
-        self._grace_ends = self._now + self._settings.graceful_timeout
-        for connection in self._connections:
-            if connection.phase is Phase.IDLE:
-                connection.expires = min(connection.expires, self._now + IDLE_AT_CLOSE_SECONDS)
-
     def _advance_end(self) -> None:
-        now = self._now
-        if (self._decide_at or self._grace_ends) and self._drain_ends is None and self._is_shutdown():
-            self.shut_down()
-        elif self._decide_at and now >= self._decide_at:
-            self.leave()
-        if 0 < self._max_requests <= self._requests and self._drain_ends is None and self._grace_ends is None:
-            log.info("leaving after MAX_REQUESTS requests", extra={"requests": self._requests})
-            self.leave()
-        if self._drain_ends is not None and self._grace_ends is None and now >= self._drain_ends:
-            self._listener.close(now)
-            self._begin_grace()
-        if self._grace_ends is not None and now >= self._grace_ends:
+        if self._lifecycle.advance(self._now, self._requests):
+            for connection in self._connections:
+                if connection.phase is Phase.IDLE:
+                    connection.expires = min(connection.expires, self._now + IDLE_AT_CLOSE_SECONDS)
+        if self._lifecycle.is_past_grace(self._now):
             unanswered = [c.exchange for c in self._connections if c.phase is Phase.RUNNING and c.exchange]
             if unanswered:
                 log.error("grace period over, requests lost", extra={"lost": len(unanswered)})

@@ -38,7 +38,7 @@ class Pool:
     """Threads that run requests, in the order in which they came.
 
     A thread that has nothing to do waits for a lock of its own, so that exactly as many are woken as are of use. The
-    I/O thread alone calls the methods, but for `wake`.
+    I/O thread alone calls the methods, but for `wake` and `serve`.
     """
 
     def __init__(self, name: str, run: Callable[[Exchange], None]) -> None:
@@ -46,20 +46,21 @@ class Pool:
         self.size = 0
         self.jobs: deque[Exchange] = deque()
         self.taken = 0  # exchanges that wait or run
-        self.overdue: set[Exchange] = set()  # the ones that run past their deadline, lent ones among them
+        self.overdue: set[Exchange] = set()  # the ones that run past their deadline
         self._idle: list[threading.Lock] = []
+        self._exits: list[None] = []  # one for each thread that has been replaced, and is to end
         self._run = run
 
     def grow(self, size: int) -> None:
         """Have at least `size` threads."""
         while self.size < size:
             self.size += 1
-            threading.Thread(target=self._serve, name=f"{self.name}-{self.size}", daemon=True).start()
+            threading.Thread(target=self.serve, name=f"{self.name}-{self.size}", daemon=True).start()
 
     @property
     def useful_threads(self) -> int:
         """How many threads can be counted on."""
-        return self.size - sum(not exchange.is_lent for exchange in self.overdue)
+        return self.size - len(self.overdue)
 
     def submit(self, exchange: Exchange) -> None:
         """Queue a request; `wake` lets it be run, and its last piece must be followed by `take_back`."""
@@ -75,14 +76,20 @@ class Pool:
         self.taken -= 1
         return True
 
-    def lend(self, exchange: Exchange) -> None:
-        """A request is run by a thread that is not of this pool."""
-        self.taken -= 1
-        exchange.is_lent = True
+    @property
+    def has_idle(self) -> bool:
+        """Whether a thread waits for work."""
+        return bool(self._idle)
+
+    def replace_one(self) -> None:
+        """End one thread, as soon as it has nothing to do: another thread is about to `serve` in its place."""
+        self._exits.append(None)
+        with suppress(IndexError):
+            self._idle.pop().release()
 
     def take_back(self, exchange: Exchange) -> None:
         """A thread is done with a request."""
-        self.taken -= not exchange.is_lent
+        self.taken -= 1
         self.overdue.discard(exchange)
 
     def wake(self) -> None:
@@ -91,16 +98,21 @@ class Pool:
             with suppress(IndexError):  # all are busy
                 self._idle.pop().release()
 
-    def _serve(self) -> None:
-        jobs, idle, monotonic = self.jobs, self._idle, time.monotonic
+    def serve(self) -> None:
+        """Be one of the pool's threads."""
+        jobs, idle, exits, monotonic = self.jobs, self._idle, self._exits, time.monotonic
         lock = threading.Lock()
         lock.acquire()
         while True:
+            if exits:
+                with suppress(IndexError):  # another thread has ended
+                    exits.pop()
+                    return
             try:
                 exchange = jobs.popleft()
             except IndexError:
                 idle.append(lock)
-                if jobs and self._is_still_idle(lock):
+                if (jobs or exits) and self._is_still_idle(lock):
                     continue
                 lock.acquire()
                 continue

@@ -61,7 +61,6 @@ class Exchange:
     method: str
     path: str
     is_get = False  # GET and HEAD: run by a thread of their own
-    is_lent = False  # run by a thread that is not of its pool
     is_waiting = False  # started, but its model not called yet: see batching.py
     abandoned = False
     is_begun = False  # a piece of the answer has been handed to the I/O thread

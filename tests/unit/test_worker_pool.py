@@ -112,17 +112,39 @@ def test_overdue_threads_are_not_counted_on(runs: Runs) -> None:
     assert pool.useful_threads == 2
 
 
-def test_what_another_thread_runs_costs_the_pool_none(runs: Runs) -> None:
-    """Past its deadline it is counted, but all threads of the pool are as useful as before."""
-    pool = Pool("test", runs)
+def test_a_thread_is_replaced_by_another(runs: Runs) -> None:
+    """One that is idle ends, the other serves in its place, and as many requests run at once as before."""
+    pool = Pool("replaced", runs)
     pool.grow(2)
-    late = exchange()
-    pool.submit(late)
-    pool.lend(late)
-    pool.overdue.add(late)
-    assert (len(pool.overdue), pool.useful_threads, pool.taken) == (1, 2, 0)
-    pool.take_back(late)
-    assert (len(pool.overdue), pool.useful_threads, pool.taken) == (0, 2, 0)
+    wait_for(lambda: pool.has_idle)
+    pool.replace_one()
+    wait_for(lambda: sum(thread.name.startswith("replaced-") for thread in threading.enumerate()) == 1)
+    runs.is_open.clear()
+    threading.Thread(target=pool.serve, daemon=True).start()
+    for _ in range(3):
+        pool.submit(exchange())
+        pool.wake()
+    wait_for(lambda: len(runs.started) == 2)
+    assert (len(pool.jobs), pool.has_idle) == (1, False)
+    runs.is_open.set()
+    wait_for(lambda: len(runs.ended) == 3)
+
+
+def test_a_busy_thread_is_replaced_when_it_is_done(runs: Runs) -> None:
+    """Where none is idle, the first that ends its request leaves; what waits is run by the one in its place."""
+    runs.is_open.clear()
+    pool = Pool("busy", runs)
+    pool.grow(1)
+    for _ in range(2):
+        pool.submit(exchange())
+    pool.wake()
+    wait_for(lambda: len(runs.started) == 1)
+    pool.replace_one()
+    runs.is_open.set()
+    wait_for(lambda: not any(thread.name.startswith("busy-") for thread in threading.enumerate()))
+    assert (len(runs.ended), len(pool.jobs)) == (1, 1)
+    threading.Thread(target=pool.serve, daemon=True).start()
+    wait_for(lambda: len(runs.ended) == 2)
 
 
 def test_a_pool_grows_and_never_shrinks(runs: Runs) -> None:

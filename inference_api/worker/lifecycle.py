@@ -1,0 +1,96 @@
+"""The state of the worker: what /health says, and how serving comes to its end."""
+
+import logging
+from collections.abc import Callable
+
+from inference_api.config import Settings
+from inference_api.worker.listener import Listener
+from inference_api.worker.pool import Outbox
+
+DECIDE_SECONDS = 0.2
+"""A process group's SIGTERM may reach a worker before the master has said that it means the whole service."""
+
+log = logging.getLogger("inference_api.worker")
+
+
+class Lifecycle:
+    """Serving, then perhaps the drain, in which new connections are still let in, then the grace for what was begun.
+
+    A worker whose service is shut down goes through all three, one that is replaced through the first and the last.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        max_requests: int,
+        listener: Listener,
+        outbox: Outbox,
+        is_shutdown: Callable[[], bool],
+    ) -> None:
+        self.stop_requested = False
+        self.is_stuck = False
+        self._settings = settings
+        self._max_requests = max_requests
+        self._listener = listener
+        self._outbox = outbox
+        self._is_shutdown = is_shutdown
+        self._decide_at: float | None = None
+        self._drain_ends: float | None = None
+        self._grace_ends: float | None = None
+
+    @property
+    def state(self) -> str:
+        """What /health says: "healthy", "draining" or "stuck"."""
+        return "stuck" if self.is_stuck else "draining" if self._drain_ends is not None else "healthy"
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether the end has not begun."""
+        return self._drain_ends is None and self._grace_ends is None
+
+    @property
+    def is_in_grace(self) -> bool:
+        """Whether nobody is let in any more."""
+        return self._grace_ends is not None
+
+    def is_past_grace(self, now: float) -> bool:
+        """Whether what has not been finished by now is lost."""
+        return self._grace_ends is not None and now >= self._grace_ends
+
+    def stop(self, now: float) -> None:
+        """A SIGTERM has come: `shut_down` or `leave`, once it is known which one is meant."""
+        self._decide_at = now + DECIDE_SECONDS
+
+    def shut_down(self, now: float) -> None:
+        """The service ends: serve on as a lame duck, /health saying so, then let nobody in and finish."""
+        if self._drain_ends is None:
+            log.info("draining", extra={"seconds": self._settings.drain_seconds})
+            self._outbox.closing = True
+            self._listener.serve()
+            self._drain_ends = now + self._settings.drain_seconds
+            self._grace_ends = None
+
+    def leave(self, now: float) -> None:
+        """This worker is replaced: let nobody in, finish, and go. Others serve on, so that /health does not change."""
+        if self.is_serving:
+            self._listener.leave()
+            self._begin_grace(now)
+
+    def advance(self, now: float, requests: int) -> bool:
+        """Do what is due after so many requests; returns whether the grace has begun just now."""
+        was_in_grace = self.is_in_grace
+        if (self._decide_at or self._grace_ends) and self._drain_ends is None and self._is_shutdown():
+            self.shut_down(now)
+        elif self._decide_at and now >= self._decide_at:
+            self.leave(now)
+        if 0 < self._max_requests <= requests and self.is_serving:
+            log.info("leaving after MAX_REQUESTS requests", extra={"requests": requests})
+            self.leave(now)
+        if self._drain_ends is not None and self._grace_ends is None and now >= self._drain_ends:
+            self._listener.close(now)
+            self._begin_grace(now)
+        return self.is_in_grace and not was_in_grace
+
+    def _begin_grace(self, now: float) -> None:
+        self._outbox.closing = True
+        self._grace_ends = now + self._settings.graceful_timeout

@@ -1,0 +1,125 @@
+"""The I/O thread is a role: one thread has it at a time, and runs quick requests itself."""
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from inference_api.worker.admission import Admission
+from inference_api.worker.pool import Pool
+from inference_api.worker.wsgi import Exchange
+
+TURN_SECONDS = 0.002
+"""How long the I/O thread runs quick requests before it looks after its sockets again."""
+TAKE_OVER_SECONDS = 0.005
+"""How long a request that was thought to be quick keeps the I/O thread before another one takes its place."""
+WATCH_SECONDS = 0.1
+LULL_SECONDS = 1.0
+
+
+class Duties(Protocol):
+    """What the I/O thread does, turn by turn."""
+
+    def is_over(self) -> bool:
+        """Whether there is nothing left to do."""
+
+    def receive(self, *, may_wait: bool) -> float:
+        """Take in what has come, waiting for it or not; returns the time of the turn."""
+
+    def respond(self) -> None:
+        """Send out what is ready, and do what is due."""
+
+
+class Role:
+    """Gives the duties of the I/O thread to one thread at a time.
+
+    To hand a quick request to another thread, which would compete with this one for the interpreter, costs more than
+    the request: whoever has the role runs it. Should one not be quick for once, the role goes to a new thread, and the
+    one that is busy with it becomes a thread of the pool, in the place of one that is idle.
+    """
+
+    def __init__(self, duties: Duties, pool: Pool, admission: Admission, run: Callable[[Exchange], None]) -> None:
+        self._duties = duties
+        self._pool = pool
+        self._admission = admission
+        self._run = run
+        self._lock = threading.Lock()  # held by the thread that has the role, but while it runs `_quick`
+        self._quick: Exchange | None = None
+        self._last_quick = 0.0  # when there was a request that is quick
+        self._is_watched = False
+        self._over = threading.Event()
+        self._failure: BaseException | None = None
+
+    def serve(self) -> None:
+        """Have the duties done until they are over; raises what they raise.
+
+        The calling thread only watches, so that signal handlers always run at once.
+        """
+        self._lock.acquire()
+        self._start()
+        while not self._over.wait(TAKE_OVER_SECONDS if self._is_watched else WATCH_SECONDS):
+            now, quick = time.monotonic(), self._quick
+            self._is_watched = now - self._last_quick < LULL_SECONDS
+            if quick and now - quick.started > TAKE_OVER_SECONDS and self._lock.acquire(blocking=False):
+                self._start()
+        if self._failure is not None:
+            raise self._failure
+
+    def _start(self) -> None:
+        threading.Thread(target=self._live, name="io", daemon=True).start()
+
+    def _live(self) -> None:
+        has_role = True
+        try:
+            has_role = self._fulfil()
+        except BaseException as exc:
+            self._failure = exc
+        if has_role:
+            self._over.set()
+        else:
+            self._pool.serve()
+
+    def _fulfil(self) -> bool:
+        """Do the duties until they are over; returns whether this thread still has the role."""
+        slow, self._quick = self._quick, None
+        if slow is not None:
+            self._admission.observe(slow, max(slow.cost, TAKE_OVER_SECONDS), weight=1.0)
+            self._pool.replace_one()
+            self._pool.wake()  # for what stood behind it in the queue
+        while not self._duties.is_over():
+            now = self._duties.receive(may_wait=not self._has_quick(time.monotonic()))
+            if self._pool.jobs and not self._work(now):
+                return False
+            self._duties.respond()
+        return True
+
+    def _work(self, now: float) -> bool:
+        """Let what has been submitted be run; returns whether this thread still has the role."""
+        jobs = self._pool.jobs
+        while self._has_quick(now):
+            try:
+                exchange = jobs.popleft()
+            except IndexError:  # an application thread has taken it
+                break
+            self._last_quick = exchange.started = time.monotonic()
+            self._quick = exchange
+            self._lock.release()
+            self._run(exchange)
+            if not self._lock.acquire(blocking=False):
+                return False
+            self._quick = None
+            if self._last_quick - now > TURN_SECONDS and self._has_quick(now):
+                return True
+        self._pool.wake()
+        return True
+
+    def _has_quick(self, now: float) -> bool:
+        """Whether the next request is one to be run by the thread that has the role."""
+        try:
+            is_quick = self._admission.is_quick(self._pool.jobs[0])
+        except IndexError:
+            return False
+        if is_quick and not self._is_watched:
+            self._last_quick = now
+        # Were all threads of the pool busy, this would be one prediction more at once than THREADS allows.
+        return is_quick and self._is_watched and self._pool.has_idle
