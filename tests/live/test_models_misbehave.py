@@ -13,7 +13,17 @@ from typing import Any
 
 import pytest
 
-from tests.live.service import Answer, Service, answers, is_problem, next_answer, read_to_end, running, wait_for
+from tests.live.service import (
+    Answer,
+    Service,
+    answers,
+    is_problem,
+    next_answer,
+    post_request,
+    read_to_end,
+    running,
+    wait_for,
+)
 
 REQUEST_TIMEOUT = 1
 TIMEOUT = 3
@@ -175,6 +185,38 @@ def test_a_request_whose_deadline_passes_while_it_waits_is_not_run(service: Serv
         service.wait_for_metric("threads_stuck", 0)
         assert third.ask("say").status == 200
     assert "never" not in (service.folder / "calls").read_text().splitlines()
+
+
+FICKLE = """
+import pathlib, time
+
+class Fickle:
+    name, version = "fickle", "1"
+
+    def predict(self, does: str) -> str:
+        while does == "hang" and not pathlib.Path("end").exists():
+            time.sleep(0.01)
+        return does
+"""
+
+
+def test_a_model_that_is_suddenly_slow_gets_no_more_threads_than_it_may(tmp_path: Path) -> None:
+    """After many quick predictions one hangs: with one thread it is the only one that runs, and the next one waits."""
+    options = {"MODELS": "predict=models:Fickle", "THREADS": "1", "WEB_CONCURRENCY": "1", "REQUEST_TIMEOUT": "20"}
+    with running(tmp_path, FICKLE, **options) as service:
+        slow, quick = service.connect(), service.connect()
+        for _ in range(200):
+            quick.sendall(post_request("/predict", b'{"does": "say"}'))
+            assert next_answer(quick.recv(65_536))[0].status == 200
+        slow.sendall(post_request("/predict", b'{"does": "hang"}'))
+        service.wait_for_metric("requests_in_flight", 1)
+        quick.sendall(post_request("/predict", b'{"does": "say"}'))
+        service.wait_for_metric("requests_pending", 1)
+        assert service.metrics()["requests_in_flight"] == 1
+        (service.folder / "end").touch()
+        for sock in (slow, quick):
+            assert next_answer(sock.recv(65_536))[0].status == 200
+            sock.close()
 
 
 def test_a_worker_that_is_stuck_is_replaced(service: Service) -> None:
