@@ -11,7 +11,7 @@ from typing import Any
 
 import falcon
 
-from inference_api import errors
+from inference_api import errors, problems
 from inference_api.batching import Batcher, Direct, Gathering
 from inference_api.config import THREADS_BY_MODEL, Settings, read_settings
 from inference_api.docs import add_docs, openapi, require_get
@@ -32,21 +32,16 @@ App = falcon.App[falcon.Request, falcon.Response]
 StartResponse = Callable[..., Any]
 
 
-class _RequestContext:
-    """Falcon middleware: the request's id comes back, and stands in every line logged meanwhile."""
-
-    def process_request(self, req: falcon.Request, _resp: falcon.Response) -> None:
-        request_environ.set(req.env)
-        errors.request_id(req)
+class _RequestId:
+    """Falcon middleware: the request's id comes back."""
 
     def process_response(self, req: falcon.Request, resp: falcon.Response, _resource: Any, _succeeded: bool) -> None:
-        resp.set_header("X-Request-ID", errors.request_id(req))
-        request_environ.set(None)
+        resp.set_header("X-Request-ID", problems.request_id(req.env))
 
 
 def create_app(settings: Settings, schemas: Sequence[Schema], metrics: Metrics) -> App:
     """The application that serves these models."""
-    app = falcon.App(middleware=[_RequestContext()])
+    app = falcon.App(middleware=[_RequestId()])
     errors.add_error_handlers(app)
     _add_health(app, Health())
     for schema in schemas:
@@ -75,7 +70,7 @@ def create_starting_app() -> App:
     def unavailable(req: falcon.Request, resp: falcon.Response, **_: Any) -> None:
         raise falcon.HTTPServiceUnavailable(description=STARTING, retry_after=errors.RETRY_AFTER_SECONDS)
 
-    app = falcon.App(middleware=[_RequestContext()])
+    app = falcon.App(middleware=[_RequestId()])
     errors.add_error_handlers(app)
     _add_health(app, Health("starting"))
     app.add_sink(unavailable)
@@ -132,7 +127,11 @@ class Service:
         self._app: Callable[[dict[str, Any], StartResponse], Iterable[bytes]] = create_starting_app()
 
     def __call__(self, environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
-        return self._app(environ, start_response)
+        request_environ.set(environ)  # its ids stand in every line logged meanwhile
+        try:
+            return self._app(environ, start_response)
+        finally:
+            request_environ.set(None)
 
     def load(self) -> None:
         """Load the models and serve them from now on; raises ModelError."""

@@ -5,7 +5,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence, Set
-from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -36,20 +35,23 @@ class Direct:
 
     def __init__(self, predict: Callable[[Any], Any], *, thread_safe: bool = True) -> None:
         self._predict = predict
-        self._lock: AbstractContextManager[Any] = nullcontext() if thread_safe else threading.Lock()
+        self._lock = None if thread_safe else threading.Lock()
 
     def predict(self, inputs: Sequence[Any], caller: Caller) -> list[Any]:
         """One output for each input, in order; raises UnfitInputError, InferenceError or AbandonedError."""
         outputs = []
         for index, value in enumerate(inputs):
-            with self._lock:
-                if caller.abandoned:
-                    raise AbandonedError
-                outputs.append(_predict_one(self._predict, value, index))
+            if self._lock is None:
+                outputs.append(_predict_one(self._predict, value, index, caller))
+            else:
+                with self._lock:
+                    outputs.append(_predict_one(self._predict, value, index, caller))
         return outputs
 
 
-def _predict_one(predict: Callable[[Any], Any], value: Any, index: int) -> Any:
+def _predict_one(predict: Callable[[Any], Any], value: Any, index: int, caller: Caller) -> Any:
+    if caller.abandoned:
+        raise AbandonedError
     try:
         return predict(value)
     except ValueError as exc:  # by contract: the input is unfit, in words for the client
@@ -267,8 +269,6 @@ class Batcher:
         if call.failure is not None:
             return
         try:
-            if call.caller.abandoned:
-                raise AbandonedError
-            call.put(index, _predict_one(self._predict, call.inputs[index], index))
+            call.put(index, _predict_one(self._predict, call.inputs[index], index, call.caller))
         except Exception as exc:
             call.failure = exc

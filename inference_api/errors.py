@@ -30,21 +30,13 @@ _DETAILS = {
 _OWN_DESCRIPTIONS = frozenset({401, 413, 415, 503})  # raised by this package only, see resources.py
 
 
-def request_id(req: falcon.Request) -> str:
-    """The request's id: the client's where it is fit, the server's, or a new one; the same one each time."""
-    environ = req.env
-    known: str = environ.get("inference_api.request_id") or problems.request_id(environ.get("HTTP_X_REQUEST_ID"))
-    environ["inference_api.request_id"] = known
-    return known
-
-
 def answer(
     req: falcon.Request, resp: falcon.Response, status: int, detail: str, errors: list[dict[str, str]] | None = None
 ) -> None:
     """Make `resp` a problem."""
     resp.status = f"{status} {problems.title(status)}"
     resp.content_type = problems.MEDIA_TYPE
-    resp.data = problems.problem(status, detail, request_id(req), errors)
+    resp.data = problems.problem(status, detail, problems.request_id(req.env), errors)
 
 
 def _http_error(req: falcon.Request, resp: falcon.Response, exc: falcon.HTTPError, _params: Any) -> None:

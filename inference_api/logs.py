@@ -21,6 +21,7 @@ from typing import Any
 
 from gunicorn import glogging
 
+from inference_api import problems
 from inference_api.metrics import Metrics
 
 MAX_LINE_BYTES = select.PIPE_BUF
@@ -128,11 +129,10 @@ class JSONFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        environ = request_environ.get() or {}
-        if request_id := environ.get("inference_api.request_id"):
-            fields["request_id"] = request_id
-        if trace := trace_id(environ.get("HTTP_TRACEPARENT")):
-            fields["trace_id"] = trace
+        if (environ := request_environ.get()) is not None:
+            fields["request_id"] = problems.request_id(environ)
+            if trace := trace_id(environ.get("HTTP_TRACEPARENT")):
+                fields["trace_id"] = trace
         fields.update((name, value) for name, value in vars(record).items() if name not in _STANDARD_ATTRIBUTES)
         if record.exc_info:
             fields["exception"] = self.formatException(record.exc_info)

@@ -33,8 +33,15 @@ def problem(status: int, detail: str, request_id: str, errors: list[dict[str, st
     return msgspec.json.encode(members)
 
 
-def request_id(sent: str | None) -> str:
-    """The client's X-Request-ID where it is fit to be logged and echoed, else a new one of 32 hexadecimal digits."""
-    if sent is not None and _REQUEST_ID.fullmatch(sent):
-        return sent
-    return f"{random.getrandbits(128):032x}"
+def request_id(environ: dict[str, Any]) -> str:
+    """The id of a WSGI request, the same one each time.
+
+    It is the client's X-Request-ID where that is fit to be logged and echoed, else a new one of 32 hexadecimal digits.
+    """
+    known: str | None = environ.get("inference_api.request_id")
+    if known is None:
+        known = environ.get("HTTP_X_REQUEST_ID")
+        if known is None or not _REQUEST_ID.fullmatch(known):
+            known = f"{random.getrandbits(128):032x}"
+        environ["inference_api.request_id"] = known
+    return known

@@ -1,7 +1,9 @@
 """The two resource classes: health and prediction."""
 
 import hmac
+import sys
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, Protocol
 
 import falcon
@@ -103,10 +105,7 @@ class Prediction:
     def _read(self, environ: dict[str, Any]) -> bytes:
         text = environ.get("CONTENT_LENGTH")
         if text:
-            if not text.isascii() or not text.isdigit():
-                raise falcon.HTTPBadRequest
-            # A number of more digits than Python would convert is too large, too.
-            length = int(text) if len(text) <= MAX_LENGTH_DIGITS else self._max_body_bytes + 1
+            length = _whole(text)
             if length > self._max_body_bytes:
                 raise self._too_large()
         elif environ.get("wsgi.input_terminated"):
@@ -114,14 +113,22 @@ class Prediction:
         else:
             return b""
         body: bytes = environ["wsgi.input"].read(length)
+        if len(body) != length and text:
+            raise falcon.HTTPBadRequest
         if len(body) > self._max_body_bytes:
             raise self._too_large()
-        if text and len(body) < length:
-            raise falcon.HTTPBadRequest
         return body
 
     def _too_large(self) -> falcon.HTTPError:
         return falcon.HTTPContentTooLarge(description=f"The body may have at most {self._max_body_bytes} bytes.")
+
+
+@lru_cache
+def _whole(text: str) -> int:
+    """The number that a Content-Length is; of more digits than Python would convert, one that is too large, too."""
+    if not text.isascii() or not text.isdigit():
+        raise falcon.HTTPBadRequest
+    return int(text) if len(text) <= MAX_LENGTH_DIGITS else sys.maxsize
 
 
 def _require_json_type(content_type: str) -> None:

@@ -93,7 +93,7 @@ class Schema:
 
     def encode_inputs(self, inputs: Sequence[Any]) -> list[bytes]:
         """Each input as JSON: taken before the model is called, which may change what it is given."""
-        return [self._encode(value) for value in inputs]
+        return list(map(self._encode, inputs))
 
     def encode_answer(self, echoes: Sequence[bytes], outputs: Sequence[Any], is_array: bool) -> bytes:
         """The answer's body; raises InferenceError where an output is not JSON or not of the promised type."""

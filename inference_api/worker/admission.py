@@ -32,24 +32,25 @@ class Admission:
         self._guessed: set[str] = set()  # paths of which no request has ended yet: it takes at least that long
         self._gathering: set[str] = set()  # paths whose requests wait for each other, to be run together
 
-    def refusal(self, exchange: Exchange) -> str | None:
-        """Why a request is not let in now ("stuck", "pending" or "deadline"), or None where it is."""
-        pool = self._pool
-        if pool.taken < pool.size:
-            # A thread is free: there is nothing to wait for, and something to learn of a service time that has grown.
-            return None
-        threads = pool.useful_threads
-        if threads <= 0:
-            return "stuck"
-        if pool.taken - pool.size >= self._max_pending:  # not by the queue: a thread may be about to take from it
-            return "pending"
-        expected_seconds = self._backlog_seconds / threads + self._service_seconds.get(exchange.path, 0.0)
-        return "deadline" if expected_seconds > self._longest_seconds else None
+    def enter(self, exchange: Exchange) -> str | None:
+        """Let a request in, or say why not: "stuck", "pending" or "deadline".
 
-    def enter(self, exchange: Exchange) -> None:
-        """A request is let in; its cost stays 0 while nothing is known of its path."""
-        exchange.cost = cost = self._service_seconds.get(exchange.path, 0.0)
+        Its cost is the service time expected, 0 while nothing is known of its path.
+        """
+        pool = self._pool
+        cost = self._service_seconds.get(exchange.path, 0.0)
+        # Where a thread is free there is nothing to wait for, and something to learn of a service time that has grown.
+        if pool.taken >= pool.size:
+            threads = pool.size - len(pool.overdue)
+            if threads <= 0:
+                return "stuck"
+            if pool.taken - pool.size >= self._max_pending:  # not by the queue: a thread may be about to take from it
+                return "pending"
+            if self._backlog_seconds / threads + cost > self._longest_seconds:
+                return "deadline"
+        exchange.cost = cost
         self._backlog_seconds += cost
+        return None
 
     def is_quick(self, exchange: Exchange) -> bool:
         """Whether a request is known to take next to no time, and to wait for nothing."""
@@ -73,9 +74,7 @@ class Admission:
         elif known is not None or len(self._service_seconds) < MAX_PATHS:
             self._service_seconds[path] = seconds
             self._guessed.discard(path)
-        if (
-            "is_waiting" in vars(exchange) and path in self._service_seconds
-        ):  # it was set: the model is one that batches
+        if exchange.is_waiting is not None and path in self._service_seconds:
             self._gathering.add(path)
 
     def hopeless(self, exchanges: Iterable[Exchange], now: float) -> list[Exchange]:
@@ -90,7 +89,8 @@ class Admission:
                 self._guess(exchange.path, now - exchange.started)
                 continue
             self.leave(exchange)
-            self.enter(exchange)
+            exchange.cost = self._service_seconds.get(exchange.path, 0.0)
+            self._backlog_seconds += exchange.cost
             if wait_seconds and now + wait_seconds + exchange.cost > exchange.deadline:
                 self.leave(exchange)
                 found.append(exchange)

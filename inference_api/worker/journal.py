@@ -2,50 +2,58 @@
 
 import logging
 import time
+from typing import Any
 
 from inference_api.config import Settings
 from inference_api.logs import LineWriter, access_line, timestamp, trace_id
 from inference_api.metrics import Metrics
 from inference_api.worker.wsgi import Exchange
 
+_NO_ENVIRON: dict[str, Any] = {}
+
 
 class Journal:
-    """Counts requests at once, and gathers their lines for one write a turn. For the I/O thread alone."""
+    """Gathers the requests of a turn, and tells of them at its end. For the I/O thread alone."""
 
     def __init__(self, settings: Settings, writer: LineWriter, metrics: Metrics) -> None:
         self._metrics = metrics if settings.metrics else None
         self._writer = writer
         self._has_lines = settings.access_log and logging.getLogger().isEnabledFor(logging.INFO)
-        self._lines: list[bytes] = []
-        self._stamp = ""  # the time of day as log lines have it, made once for all lines of a turn
+        self._entries: list[tuple[Exchange, int]] = []
 
-    def record(self, exchange: Exchange, now: float) -> None:
+    def record(self, exchange: Exchange) -> None:
         """Tell of a request, whatever has become of it."""
-        started = exchange.started
-        seconds = max(now, exchange.ended) - exchange.arrived  # it may have been run in this very turn
-        wait_seconds = started - exchange.arrived if started else None
-        if self._metrics is not None:
-            self._metrics.record(exchange.path, exchange.method, exchange.status, seconds, wait_seconds)
-        if self._has_lines:
-            self._stamp = self._stamp or timestamp(time.time())
-            traceparent = exchange.environ.get("HTTP_TRACEPARENT")
-            self._lines.append(
-                access_line(
-                    self._stamp,
-                    exchange.request_id,
-                    exchange.method or None,
-                    exchange.path,
-                    exchange.status,
-                    seconds,
-                    wait_seconds,
-                    exchange.model,
-                    trace_id(traceparent) if traceparent is not None else None,
-                )
-            )
+        # With its status of now: of one that is given up, the application may still set another.
+        self._entries.append((exchange, exchange.status))
 
-    def write(self) -> None:
-        """Hand the lines to the writer: a turn has ended."""
-        if self._lines:
-            self._writer.write(self._lines)
-            self._lines.clear()
-        self._stamp = ""
+    def write(self, now: float) -> None:
+        """Count the requests, and hand their lines to the writer: a turn has ended."""
+        if not self._entries:
+            return
+        stamp = timestamp(time.time())
+        lines = []
+        for exchange, status in self._entries:
+            started = exchange.started
+            seconds = max(now, exchange.ended) - exchange.arrived  # it may have been run in this very turn
+            wait_seconds = started - exchange.arrived if started else None
+            if self._metrics is not None:
+                self._metrics.record(exchange.path, exchange.method, status, seconds, wait_seconds)
+            if self._has_lines:
+                traceparent = exchange.environ.get("HTTP_TRACEPARENT")
+                lines.append(
+                    access_line(
+                        stamp,
+                        exchange.request_id,
+                        exchange.method or None,
+                        exchange.path,
+                        status,
+                        seconds,
+                        wait_seconds,
+                        exchange.model,
+                        trace_id(traceparent) if traceparent is not None else None,
+                    )
+                )
+            exchange.environ = _NO_ENVIRON  # which refers back to the exchange, and holds the body
+        self._entries.clear()
+        if lines:
+            self._writer.write(lines)

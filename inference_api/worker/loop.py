@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from operator import itemgetter
-from typing import Any
 
 from inference_api.config import Settings
 from inference_api.logs import LineWriter
@@ -22,7 +21,7 @@ from inference_api.worker.lifecycle import Lifecycle
 from inference_api.worker.listener import Listener
 from inference_api.worker.pool import Outbox, Pool
 from inference_api.worker.role import Role
-from inference_api.worker.wsgi import Application, Exchange, fields_of, problem_answer, run
+from inference_api.worker.wsgi import Application, Exchange, problem_answer
 
 READ_BYTES = 65_536
 MAX_HELD_BYTES = 64 * 1_048_576
@@ -43,7 +42,6 @@ READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
 log = logging.getLogger("inference_api.worker")
 
-_NO_ENVIRON: dict[str, Any] = {}
 _IDLE_PHASES = (Phase.IDLE, Phase.LINGERING)
 # What is not learnt from: paths that clients make up, which would crowd out those that exist, and 503, by which the
 # application says that it has not called the model.
@@ -114,7 +112,7 @@ class Loop:
         if exchange.abandoned or (late_seconds > LATE_SECONDS and exchange.started + exchange.cost > exchange.deadline):
             self._outbox.deliver(exchange, None, True)
         else:
-            run(self._application, environ, exchange, self._outbox)
+            exchange.run(self._application, environ, self._outbox)
         if self._has_forked:  # in the model: the child must not serve its parent's connections
             os._exit(0)
 
@@ -145,40 +143,38 @@ class Loop:
         events = self._selector.select(0.0 if is_due else max(0.0, self._next_tick - time.monotonic()))
         outbox.is_asleep = False
         self._now = time.monotonic()
-        for key, mask in events:
-            target = key.data
-            if type(target) is Connection:
-                self._handle(target, mask)
-            elif target is not None:
-                self._listener.accept(target, self._now)
-            else:
-                os.read(self._wake_fd, READ_BYTES)
+        arrived, writable, knocked = self._read(events)
+        for connection, data in arrived:
+            try:
+                self._take(connection, data)
+            except Exception:
+                self._failed(connection)
+        for connection in writable:
+            self._guarded(self._write, connection)
         for _ in range(len(self._ready)):
-            self._handle(self._ready.popleft(), 0)
+            self._guarded(self._go_on, self._ready.popleft())
+        for listening in knocked:  # to let somebody in may end a connection that is idle: now none has unread bytes
+            self._listener.accept(listening, self._now)
         self._get_pool.wake()
         return self._now
 
     def respond(self) -> None:
         """Send the answers that are there, and do what its time has come for."""
-        self._collect()
+        self._send_answers()
         if self._lifecycle.stop_requested:
             self._lifecycle.stop_requested = False
             self._lifecycle.stop(self._now)
             self._next_tick = self._now
         if self._now >= self._next_tick:
             self._tick()
-        self._journal.write()
+        self._journal.write(self._now)
 
-    def _handle(self, connection: Connection, mask: int) -> None:
-        try:
-            if mask & READ and connection in self._connections:
-                self._read(connection)
-            if mask & WRITE and connection in self._connections:
-                self._write(connection)
-            if not mask and connection in self._connections and connection.phase is Phase.IDLE:
-                self._advance(connection, b"")
-        except Exception:
-            self._failed(connection)
+    def _guarded(self, step: Callable[[Connection], None], connection: Connection) -> None:
+        if connection in self._connections:
+            try:
+                step(connection)
+            except Exception:
+                self._failed(connection)
 
     def _failed(self, connection: Connection) -> None:
         """A bug costs one connection, not the worker."""
@@ -188,12 +184,14 @@ class Loop:
         if connection in self._connections:
             self._close(connection)
 
-    def _collect(self) -> None:
+    def _send_answers(self) -> None:
+        """Send all that has been made, and then see to what it ends."""
         pieces = self._outbox.pieces
+        ended, answered = [], []
         while pieces:
             exchange, data, is_last = pieces.popleft()
             if is_last:
-                self._take_back(exchange)
+                ended.append(exchange)
             if exchange.abandoned:
                 continue
             connection = exchange.connection
@@ -201,12 +199,19 @@ class Loop:
                 if is_last and not exchange.is_done:  # it was not run
                     self._shed(connection, exchange, "deadline")
                 elif data is None:
-                    self._record(exchange)
+                    self._journal.record(exchange)
                     self._close(connection)
                 elif self._send(connection, data) and is_last:
-                    self._answered(connection, exchange)
+                    answered.append(exchange)
             except Exception:
                 self._failed(connection)
+        for exchange in ended:
+            self._take_back(exchange)
+        for exchange in answered:
+            try:
+                self._answered(exchange.connection, exchange)
+            except Exception:
+                self._failed(exchange.connection)
 
     def _take_back(self, exchange: Exchange) -> None:
         if exchange.is_get:
@@ -220,14 +225,32 @@ class Loop:
 
     # Reading.
 
-    def _read(self, connection: Connection) -> None:
-        try:
-            data = connection.sock.recv(READ_BYTES)
-        except BlockingIOError:
-            return
-        except OSError:
-            self._lost(connection)
-            return
+    def _read(
+        self, events: Sequence[tuple[selectors.SelectorKey, int]]
+    ) -> tuple[list[tuple[Connection, bytes]], list[Connection], list[socket.socket]]:
+        """What has come on which connection, which connections can be written to, and which listeners accepted from."""
+        arrived: list[tuple[Connection, bytes]] = []
+        writable: list[Connection] = []
+        knocked: list[socket.socket] = []
+        for key, mask in events:
+            target = key.data
+            if type(target) is Connection:
+                if mask & READ:
+                    try:
+                        arrived.append((target, target.sock.recv(READ_BYTES)))
+                    except BlockingIOError:
+                        pass
+                    except OSError:
+                        self._lost(target)
+                if mask & WRITE:
+                    writable.append(target)
+            elif target is not None:
+                knocked.append(target)
+            else:
+                os.read(self._wake_fd, READ_BYTES)
+        return arrived, writable, knocked
+
+    def _take(self, connection: Connection, data: bytes) -> None:
         phase = connection.phase
         if not data:
             self._client_ended(connection)
@@ -240,6 +263,10 @@ class Loop:
             connection.buffer += data
             if len(connection.buffer) > MAX_PIPELINED_BYTES:
                 self._watch(connection, connection.events & ~READ)
+
+    def _go_on(self, connection: Connection) -> None:
+        if connection.phase is Phase.IDLE:
+            self._advance(connection, b"")
 
     def _advance(self, connection: Connection, data: bytes) -> None:
         try:
@@ -286,12 +313,11 @@ class Loop:
             else:
                 self._shed(connection, exchange, "pending")
             return
-        reason = self._admission.refusal(exchange)
-        if reason is not None:
+        reason = self._admission.enter(exchange)
+        if reason is None:
+            self._pool.submit(exchange)
+        else:
             self._shed(connection, exchange, reason)
-            return
-        self._admission.enter(exchange)
-        self._pool.submit(exchange)
 
     def _client_ended(self, connection: Connection) -> None:
         """The client sends no more: it has left, or has only closed its half (a FIN tells not which)."""
@@ -355,7 +381,7 @@ class Loop:
 
     def _answered(self, connection: Connection, exchange: Exchange) -> None:
         """The last byte of an answer is with the socket, or in `output`."""
-        self._record(exchange)
+        self._journal.record(exchange)
         connection.must_close = not exchange.keep_alive
         if connection.output:
             connection.phase = Phase.WRITING
@@ -403,11 +429,7 @@ class Loop:
         if is_connected:
             self._answered(connection, exchange)
         else:
-            self._record(exchange)
-
-    def _record(self, exchange: Exchange) -> None:
-        self._journal.record(exchange, self._now)
-        exchange.environ = _NO_ENVIRON  # which refers back to the exchange, and holds the body
+            self._journal.record(exchange)
 
     # The beginning and the end of connections.
 
@@ -457,7 +479,7 @@ class Loop:
             if connection.phase is Phase.RUNNING:
                 exchange.status = GONE_STATUS
                 self._metrics.gone()
-                self._record(exchange)
+                self._journal.record(exchange)
                 if exchange.started and not exchange.is_get and not exchange.is_done:
                     self._orphans.add(exchange)
         self._close(connection)
@@ -552,9 +574,9 @@ class Loop:
             if exchange.started and not exchange.is_get:
                 self._overdue(exchange)
             self._metrics.timed_out()
-            log.warning("deadline passed", extra={**fields_of(exchange), "started": bool(exchange.started)})
+            log.warning("deadline passed", extra={**exchange.log_fields, "started": bool(exchange.started)})
             if exchange.room is not None:  # part of the answer is out
-                self._record(exchange)
+                self._journal.record(exchange)
                 self._close(connection)
             else:
                 detail = f"The answer took longer than {self._settings.request_timeout:g} seconds."

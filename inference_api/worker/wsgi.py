@@ -51,25 +51,18 @@ class Server(Protocol):
 
 
 class Exchange:
-    """One request and its answer.
+    """One request and its answer, checked (PEP 3333) and framed (RFC 9112 §6).
 
     The I/O thread makes it, an application thread runs it, and the I/O thread alone decides what becomes of the
     answer; `abandoned` tells the application thread that nobody waits for it any more.
     """
 
-    # What most exchanges never change stands in the class.
-    method: str
-    path: str
-    is_get = False  # GET and HEAD: run by a thread of their own
-    is_waiting = False  # started, but its model not called yet: see batching.py
-    abandoned = False
-    is_begun = False  # a piece of the answer has been handed to the I/O thread
-    is_done = False  # the last piece has
-    status = 0
-    model: str | None = None
-    deadline = started = ended = cost = 0.0
-    produced_bytes = sent_bytes = 0
-    room: threading.Event | None = None
+    __slots__ = (
+        "_headers", "_is_bodiless", "_is_chunked", "_left", "_server", "_status_line", "abandoned", "arrived",
+        "body_bytes", "connection", "cost", "deadline", "ended", "environ", "is_begun", "is_done", "is_get",
+        "is_http11", "is_waiting", "keep_alive", "method", "model", "path", "produced_bytes", "request_id", "room",
+        "sent_bytes", "started", "status",
+    )  # fmt: skip
 
     def __init__(
         self, connection: "Connection", environ: dict[str, Any], body: bytes, is_http11: bool, keep_alive: bool
@@ -78,84 +71,61 @@ class Exchange:
         self.environ = environ
         self.method = environ["REQUEST_METHOD"]
         self.path = environ["PATH_INFO"]
-        self.request_id = problems.request_id(environ.get("HTTP_X_REQUEST_ID"))
+        self.request_id = problems.request_id(environ)
         self.body_bytes = len(body)
         self.is_http11 = is_http11
         self.keep_alive = keep_alive
-        self.arrived = 0.0
+        self.is_get = False  # GET and HEAD: run by a thread of their own
+        self.is_waiting: bool | None = None  # for a batch to begin, see batching.py; None: its model does not batch
+        self.abandoned = False
+        self.is_begun = False  # a piece of the answer has been handed to the I/O thread
+        self.is_done = False  # the last piece has
+        self.status = 0
+        self.model: str | None = None
+        self.arrived = self.deadline = self.started = self.ended = self.cost = 0.0
+        self.produced_bytes = self.sent_bytes = 0
+        self.room: threading.Event | None = None
+        self._status_line: str | None = None
+        self._is_chunked = False
+        self._left: int | None = None  # bytes of the declared length that have not come yet
         environ["wsgi.input"] = io.BytesIO(body)
-        environ["inference_api.request_id"] = self.request_id
         environ["inference_api.caller"] = self
 
+    @property
+    def log_fields(self) -> dict[str, str]:
+        """What a log line about this exchange has to say which one it was."""
+        return {"request_id": self.request_id, "method": self.method, "path": self.path}
 
-class DateFields:
-    """The Server and Date fields, made once a second (RFC 9110 §6.6.1)."""
-
-    def __init__(self) -> None:
-        self._second = -1
-        self._fields = ""
-
-    def __call__(self) -> str:
-        second = int(time.time())
-        if second != self._second:
-            date = formatdate(second, usegmt=True)  # not strftime: a model may change the locale
-            self._fields = f"Server: {SERVER}\r\nDate: {date}\r\n"
-            self._second = second
-        return self._fields
-
-
-date_fields = DateFields()
-
-
-def head(status: str, headers: Headers, exchange: Exchange) -> bytes:
-    """The status line and fields of an answer, up to and with the empty line."""
-    text = "".join([f"{name}: {value}\r\n" for name, value in headers])
-    if not exchange.keep_alive:
-        text += "Connection: close\r\n"
-    elif not exchange.is_http11:
-        text += "Connection: keep-alive\r\n"
-    return f"HTTP/1.1 {status}\r\n{date_fields()}{text}\r\n".encode("latin-1")
-
-
-def problem_answer(exchange: Exchange, status: int, detail: str, more: Headers | None = None) -> bytes:
-    """A whole answer made by the server itself."""
-    body = problems.problem(status, detail, exchange.request_id)
-    headers = [
-        ("Content-Type", problems.MEDIA_TYPE),
-        ("Content-Length", str(len(body))),
-        ("X-Request-ID", exchange.request_id),
-        *(more or []),
-    ]
-    exchange.status = status
-    return head(f"{status} {problems.title(status)}", headers, exchange) + (b"" if exchange.method == "HEAD" else body)
-
-
-class Answer:
-    """What the application gives, checked and framed (PEP 3333, RFC 9112 §6)."""
-
-    _status: str | None = None
-    _headers: Headers
-    _is_chunked = False
-    _is_bodiless = False
-    _left: int | None = None  # bytes of the declared length that have not come yet
-
-    def __init__(self, exchange: Exchange, server: Server) -> None:
-        self._exchange = exchange
+    def run(self, application: Application, environ: dict[str, Any], server: Server) -> None:
+        """Call the application and send what it gives; its close() is always called. Never raises."""
         self._server = server
+        try:
+            result = application(environ, self.start_response)
+            try:
+                self._finish(result)
+            finally:
+                close = getattr(result, "close", None)
+                if close is not None:
+                    close()
+        except GoneError:
+            self._give_up()
+        except BaseException:
+            log.exception("the application failed", extra=self.log_fields)
+            self._give_up()
 
     def start_response(self, status: str, headers: Headers, exc_info: ExcInfo | None = None) -> Callable[[bytes], None]:
         """PEP 3333's start_response; raises AssertionError or ValueError for what an application may not do."""
         if exc_info is not None:
             try:
-                if self._exchange.is_begun:
+                if self.is_begun:
                     raise exc_info[1].with_traceback(exc_info[2])
             finally:
                 exc_info = None  # breaks the reference cycle, as PEP 3333 asks
-        elif self._status is not None:
+        elif self._status_line is not None:
             raise AssertionError("start_response() was called twice without exc_info")
-        self._exchange.status = _code(status)
+        self.status = _code(status)
         self._check(headers)
-        self._status = status
+        self._status_line = status
         return self.write
 
     def _check(self, headers: Headers) -> None:
@@ -179,18 +149,18 @@ class Answer:
                     raise ValueError("the Content-Length is not valid")
                 self._left = int(value)
             elif known == "x-model":
-                self._exchange.model = value
+                self.model = value
 
     def write(self, data: bytes) -> None:
         """Send a piece of the body now; waits where the client does not keep up. PEP 3333's write()."""
-        exchange, excess = self._exchange, b""
-        if exchange.abandoned:
+        excess = b""
+        if self.abandoned:
             raise GoneError
         if not isinstance(data, bytes):
             raise TypeError("a piece of the body is not bytes")
         if not data:
             return
-        piece = b"" if exchange.is_begun else self._stream_head()
+        piece = b"" if self.is_begun else self._stream_head()
         if not self._is_bodiless:
             if self._left is not None:
                 data, excess = data[: self._left], data[self._left :]
@@ -201,27 +171,26 @@ class Answer:
         if excess:
             raise ValueError("the body is longer than its Content-Length")
 
-    def finish(self, result: Iterable[bytes]) -> None:
+    def _finish(self, result: Iterable[bytes]) -> None:
         """Send all of what the application returned."""
-        if type(result) is list and not self._exchange.is_begun:  # all of it is there
+        if type(result) is list and not self.is_begun:  # all of it is there
             self._send_whole(b"".join(result))
             return
         for data in result:
             self.write(data)
-        if not self._exchange.is_begun:
+        if not self.is_begun:
             self._send_whole(b"")
         elif self._left and not self._is_bodiless:
             raise ValueError("the body is shorter than its Content-Length")
         else:
             self._end(b"0\r\n\r\n" if self._is_chunked else b"")
 
-    def give_up(self) -> None:
+    def _give_up(self) -> None:
         """End the answer after a failure: with a problem where nothing has been sent, else cut off."""
-        exchange = self._exchange
-        if exchange.is_done:
+        if self.is_done:
             return
-        if not exchange.is_begun:
-            self._end(problem_answer(exchange, 500, FAILED))
+        if not self.is_begun:
+            self._end(problem_answer(self, 500, FAILED))
         else:
             self._end(b"" if self._left == 0 else None)  # all that was promised has come, or not
 
@@ -229,50 +198,92 @@ class Answer:
         """The usual case: the head, and all of the body with it."""
         status, headers = self._open(), self._headers
         if self._left is None:
-            if not self._is_bodiless or (body and self._exchange.status not in _BODILESS):
+            if not self._is_bodiless or (body and self.status not in _BODILESS):
                 headers = [*headers, ("Content-Length", str(len(body)))]
         elif self._left != len(body) and not self._is_bodiless:
             raise ValueError("the body is not as long as its Content-Length")
-        self._end(head(status, headers, self._exchange) + (b"" if self._is_bodiless else body))
+        self._end(head(status, headers, self) + (b"" if self._is_bodiless else body))
 
     def _stream_head(self) -> bytes:
         """The head before pieces of a body."""
-        status, headers, exchange = self._open(), self._headers, self._exchange
+        status, headers = self._open(), self._headers
         if self._left is None and not self._is_bodiless:
-            if exchange.is_http11:
+            if self.is_http11:
                 self._is_chunked = True
                 headers = [*headers, ("Transfer-Encoding", "chunked")]
             else:
-                exchange.keep_alive = False
-        exchange.is_begun = True
-        exchange.room = threading.Event()
-        return head(status, headers, exchange)
+                self.keep_alive = False
+        self.is_begun = True
+        self.room = threading.Event()
+        return head(status, headers, self)
 
     def _open(self) -> str:
-        status, exchange = self._status, self._exchange
+        status = self._status_line
         if status is None:
             raise AssertionError("the application did not call start_response() before its first piece of body")
-        self._is_bodiless = exchange.method == "HEAD" or exchange.status in _BODILESS
-        if exchange.status == 204 and self._left is not None:  # RFC 9110 §8.6
+        self._is_bodiless = self.method == "HEAD" or self.status in _BODILESS
+        if self.status == 204 and self._left is not None:  # RFC 9110 §8.6
             self._headers = [field for field in self._headers if field[0].lower() != "content-length"]
         if self._server.closing:
-            exchange.keep_alive = False
+            self.keep_alive = False
         return status
 
     def _end(self, data: bytes | None) -> None:
-        self._exchange.is_begun = self._exchange.is_done = True
-        self._server.deliver(self._exchange, data, True)
+        self.is_begun = self.is_done = True
+        self._server.deliver(self, data, True)
 
     def _deliver(self, data: bytes) -> None:
-        exchange = self._exchange
-        exchange.produced_bytes += len(data)
-        self._server.deliver(exchange, data, False)
-        assert exchange.room is not None  # noqa: S101 - for the type checker
-        while exchange.produced_bytes - exchange.sent_bytes > MAX_STREAM_BYTES:
-            exchange.room.wait(STREAM_CHECK_SECONDS)
-            exchange.room.clear()
-            if exchange.abandoned:
+        self.produced_bytes += len(data)
+        self._server.deliver(self, data, False)
+        assert self.room is not None  # noqa: S101 - for the type checker
+        while self.produced_bytes - self.sent_bytes > MAX_STREAM_BYTES:
+            self.room.wait(STREAM_CHECK_SECONDS)
+            self.room.clear()
+            if self.abandoned:
                 raise GoneError
+
+
+class DateFields:
+    """The Server and Date fields, made once a second (RFC 9110 §6.6.1)."""
+
+    def __init__(self) -> None:
+        self._second = -1
+        self._fields = ""
+
+    def __call__(self) -> str:
+        second = int(time.time())
+        if second != self._second:
+            date = formatdate(second, usegmt=True)  # not strftime: a model may change the locale
+            self._fields = f"Server: {SERVER}\r\nDate: {date}"
+            self._second = second
+        return self._fields
+
+
+date_fields = DateFields()
+
+
+def head(status: str, headers: Headers, exchange: Exchange) -> bytes:
+    """The status line and fields of an answer, up to and with the empty line."""
+    lines = [f"HTTP/1.1 {status}", date_fields(), *map(": ".join, headers)]
+    if not exchange.keep_alive:
+        lines.append("Connection: close")
+    elif not exchange.is_http11:
+        lines.append("Connection: keep-alive")
+    lines.append("\r\n")
+    return "\r\n".join(lines).encode("latin-1")
+
+
+def problem_answer(exchange: Exchange, status: int, detail: str, more: Headers | None = None) -> bytes:
+    """A whole answer made by the server itself."""
+    body = problems.problem(status, detail, exchange.request_id)
+    headers = [
+        ("Content-Type", problems.MEDIA_TYPE),
+        ("Content-Length", str(len(body))),
+        ("X-Request-ID", exchange.request_id),
+        *(more or []),
+    ]
+    exchange.status = status
+    return head(f"{status} {problems.title(status)}", headers, exchange) + (b"" if exchange.method == "HEAD" else body)
 
 
 @functools.lru_cache
@@ -280,26 +291,3 @@ def _code(status: str) -> int:
     if not _STATUS.fullmatch(status):
         raise ValueError(f"the status is not valid: {status!r}")
     return int(status[:3])
-
-
-def fields_of(exchange: Exchange) -> dict[str, str]:
-    """What a log line about this exchange has to say which one it was."""
-    return {"request_id": exchange.request_id, "method": exchange.method, "path": exchange.path}
-
-
-def run(application: Application, environ: dict[str, Any], exchange: Exchange, server: Server) -> None:
-    """Call the application for one request and send what it gives; close() is always called. Never raises."""
-    answer = Answer(exchange, server)
-    try:
-        result = application(environ, answer.start_response)
-        try:
-            answer.finish(result)
-        finally:
-            close = getattr(result, "close", None)
-            if close is not None:
-                close()
-    except GoneError:
-        answer.give_up()
-    except BaseException:
-        log.exception("the application failed", extra=fields_of(exchange))
-        answer.give_up()

@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 from wsgiref.util import setup_testing_defaults
 from wsgiref.validate import validator
@@ -119,11 +119,16 @@ def problem(
 
 def call(client: Client, **environ: Any) -> tuple[str, dict[str, str], bytes]:
     """An answer to an environ that WebTest would not send."""
+    return call_app(client.app, environ)
+
+
+def call_app(app: Callable[..., Iterable[bytes]], environ: dict[str, Any]) -> tuple[str, dict[str, str], bytes]:
+    """The same of any WSGI application."""
     setup_testing_defaults(environ)
     begun: list[tuple[str, dict[str, str]]] = []
 
     def start_response(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
         begun.append((status, {name.lower(): value for name, value in headers}))
 
-    body = b"".join(client.app(environ, start_response))
+    body = b"".join(app(environ, start_response))
     return *begun[0], body

@@ -1,5 +1,6 @@
 """A model that fails or refuses: what the client learns, and what the log has."""
 
+import io
 import json
 import logging
 from collections.abc import Iterator
@@ -8,10 +9,11 @@ from typing import Any
 import falcon
 import pytest
 
-from inference_api.app import create_starting_app
+from inference_api.app import Service, create_starting_app
+from inference_api.config import Settings
 from inference_api.logs import JSONFormatter
 from tests import fakes
-from tests.app.client import Client, call, problem
+from tests.app.client import Client, call, call_app, problem
 
 FAILED = "The model failed."
 REFUSED = "The model refused the input."
@@ -170,9 +172,7 @@ def test_while_models_are_loaded_there_is_only_health(path: str) -> None:
 
 
 def ask(app: falcon.App[Any, Any], path: str) -> tuple[str, Any]:
-    client = Client.__new__(Client)
-    client.app = app
-    status, headers, body = call(client, PATH_INFO=path)
+    status, headers, body = call_app(app, {"PATH_INFO": path})
     assert ("retry-after" in headers) == (not path.startswith("/health"))
     return status, json.loads(body)
 
@@ -197,6 +197,14 @@ def lines() -> Iterator[list[dict[str, Any]]]:
     logging.getLogger("inference_api").removeHandler(handler)
 
 
+@pytest.fixture(scope="module")
+def service() -> Service:
+    """The whole service, with one model that fails."""
+    service = Service(Settings.from_environ({"MODELS": "broken=tests.fakes:Broken"}))
+    service.load()
+    return service
+
+
 TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
 
 
@@ -214,15 +222,17 @@ TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
     ],
 )
 def test_the_log_has_a_failure_under_the_ids_of_its_request(
-    fake_client: Client, lines: list[dict[str, Any]], traceparent: str, trace_id: str | None
+    service: Service, lines: list[dict[str, Any]], traceparent: str, trace_id: str | None
 ) -> None:
     """The request's id that the client got, and the trace id of a valid traceparent (W3C Trace Context)."""
-    answer = fake_client.post("/broken", {"how": "raise"}, Traceparent=traceparent)
+    body = b'{"how": "raise"}'
+    environ: dict[str, Any] = {"PATH_INFO": "/broken", "REQUEST_METHOD": "POST", "HTTP_TRACEPARENT": traceparent}
+    environ |= {"CONTENT_LENGTH": str(len(body)), "wsgi.input": io.BytesIO(body)}
+    _, headers, answer = call_app(service, environ)
     (line,) = lines
-    assert line["request_id"] == answer.headers["X-Request-ID"] == answer.json["request_id"]
+    assert line["request_id"] == headers["x-request-id"] == json.loads(answer)["request_id"]
     assert line.get("trace_id") == trace_id
     assert (line["level"], line["message"], line["path"]) == ("ERROR", "inference failed", "/broken")
     assert "RuntimeError" in line["exception"]
-    fake_client.get("/health")
     logging.getLogger("inference_api").error("of no request")
     assert "request_id" not in lines[-1]

@@ -7,7 +7,6 @@ import falcon
 import pytest
 from falcon.testing import TestClient
 
-from inference_api import errors
 from inference_api.errors import add_error_handlers
 from inference_api.model import AbandonedError, InferenceError, UnfitInputError
 from inference_api.schema import MalformedError, ShapeError
@@ -132,13 +131,3 @@ def test_the_servers_own_faults_are_logged(
     ask(exc)
     assert [record.getMessage() for record in caplog.records] == ([] if logged is None else [logged])
     assert (SECRET in caplog.text) == (logged is not None)
-
-
-def test_a_request_keeps_its_id() -> None:
-    """The same one each time it is asked for, and the server's where it has given one."""
-    request = falcon.testing.create_req()
-    made = errors.request_id(request)
-    assert errors.request_id(request) == made == request.env["inference_api.request_id"]
-    given = falcon.testing.create_req(headers={"X-Request-ID": "sent"})
-    given.env["inference_api.request_id"] = "given"
-    assert errors.request_id(given) == "given"

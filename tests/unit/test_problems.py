@@ -3,6 +3,7 @@
 import json
 import re
 from http import HTTPStatus
+from typing import Any
 
 import pytest
 
@@ -50,7 +51,7 @@ def test_every_error_status_has_a_title() -> None:
 @pytest.mark.parametrize("sent", ["a", "A-Z_09.z", "x" * 64, "1", "..", "-"])
 def test_a_fit_request_id_is_taken_over(sent: str) -> None:
     """1 to 64 letters, digits, dots, underscores and hyphens come back as sent."""
-    assert problems.request_id(sent) == sent
+    assert problems.request_id({"HTTP_X_REQUEST_ID": sent}) == sent
 
 
 @pytest.mark.parametrize(
@@ -59,10 +60,18 @@ def test_a_fit_request_id_is_taken_over(sent: str) -> None:
 )
 def test_an_unfit_request_id_is_replaced(sent: str | None) -> None:
     """What could break a header or a log line never gets there."""
-    made = problems.request_id(sent)
+    made = problems.request_id({} if sent is None else {"HTTP_X_REQUEST_ID": sent})
     assert re.fullmatch(r"[0-9a-f]{32}", made)
 
 
 def test_made_request_ids_differ() -> None:
     """Each request gets an id of its own."""
-    assert len({problems.request_id(None) for _ in range(1000)}) == 1000
+    assert len({problems.request_id({}) for _ in range(1000)}) == 1000
+
+
+def test_a_request_keeps_its_id() -> None:
+    """The same one each time it is asked for, and the server's where it has given one."""
+    environ: dict[str, Any] = {}
+    made = problems.request_id(environ)
+    assert problems.request_id(environ) == made == environ["inference_api.request_id"]
+    assert problems.request_id({"HTTP_X_REQUEST_ID": "sent", "inference_api.request_id": "given"}) == "given"

@@ -39,10 +39,9 @@ class Queue:
     def add(self, path: str = "/predict", arrived: float = 0.0) -> Exchange | str:
         """The request, if it was let in, else why not."""
         new = exchange(path, arrived)
-        reason = self.admission.refusal(new)
+        reason = self.admission.enter(new)
         if reason is not None:
             return reason
-        self.admission.enter(new)
         self.pool.taken += 1
         if self.pool.taken > self.pool.size:
             self.pool.jobs.append(new)
