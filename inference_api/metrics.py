@@ -51,8 +51,9 @@ COUNTERS = {
 # The cells of a slot, in this order: gauges, counters, the wait, each model's, each route's. A histogram has a cell for
 # each bucket (not cumulative), one for what is above the last bound, and one for the sum.
 _WORKERS, _IN_FLIGHT, _PENDING, _CONNECTIONS, _THREADS_STUCK = range(len(GAUGES))
-_STARTS, _TIMED_OUT, _GONE, _DROPPED = range(len(GAUGES), len(GAUGES) + len(COUNTERS))
-_SHED = len(GAUGES) + len(COUNTERS)
+_STARTS = len(GAUGES)
+_COUNTER_CELLS = {counter: cell for cell, counter in enumerate(COUNTERS, _STARTS)}
+_SHED = _STARTS + len(COUNTERS)
 _WAIT = _SHED + len(REASONS)
 _SECONDS_SUM = len(SECONDS) + 1
 _MODELS = _WAIT + _SECONDS_SUM + 1
@@ -105,7 +106,7 @@ class Metrics:
         self._zero_gauges(slot)
         self._lock = threading.Lock()
         self._row = self._rows[slot]
-        self._row[_STARTS] += 1
+        self.count("worker_starts")
 
     def _zero_gauges(self, slot: int) -> None:
         # Not _WORKERS, which is the master's: were it 0 for a moment, the master might give the slot away again.
@@ -157,17 +158,9 @@ class Metrics:
         """Count a request refused for one of REASONS."""
         self._row[_SHED + REASONS.index(reason)] += 1
 
-    def timed_out(self) -> None:
-        """Count a request whose deadline passed."""
-        self._row[_TIMED_OUT] += 1
-
-    def gone(self) -> None:
-        """Count a request whose client left."""
-        self._row[_GONE] += 1
-
-    def log_lines_dropped(self, lines: int) -> None:
-        """Count log lines dropped since the last call."""
-        self._row[_DROPPED] += lines
+    def count(self, counter: str, amount: int = 1) -> None:
+        """Add to one of COUNTERS."""
+        self._row[_COUNTER_CELLS[counter]] += amount
 
     def gauges(self, *, in_flight: int, pending: int, connections: int, threads_stuck: int) -> None:
         """Say how things stand in this worker now."""

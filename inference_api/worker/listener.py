@@ -7,6 +7,8 @@ import selectors
 import socket
 from collections.abc import Callable, Sequence
 
+from inference_api.worker.connections import Connections
+
 ACCEPTS_PER_TURN = 16
 PAUSE_SECONDS = 0.1
 LAST_ACCEPT_SECONDS = 0.5
@@ -18,21 +20,19 @@ _OUT_OF_RESOURCES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.
 
 
 class Listener:
-    """Accepts for the loop, which says how to make room for a connection and what becomes of a new one."""
+    """Accepts for the loop, which says what becomes of a new connection."""
 
     def __init__(
         self,
         sockets: Sequence[socket.socket],
         selector: selectors.BaseSelector,
-        has_room: Callable[[], bool],
-        make_room: Callable[[], bool],
+        connections: Connections,
         admit: Callable[[socket.socket, str, str], None],
     ) -> None:
         self.is_done = False
         self._sockets = sockets
         self._selector = selector
-        self._has_room = has_room
-        self._make_room = make_room
+        self._connections = connections
         self._admit = admit
         self._is_accepting = False
         self._again_at = 0.0  # where it pauses, when it goes on
@@ -92,7 +92,7 @@ class Listener:
     def accept(self, listening: socket.socket, now: float) -> bool:
         """Accept some connections; returns whether more may be waiting."""
         for _ in range(ACCEPTS_PER_TURN):
-            if not self._has_room():
+            if not self._connections.has_room(now):
                 self.pause(now)
                 return False
             try:
@@ -102,7 +102,7 @@ class Listener:
             except OSError as exc:
                 if exc.errno not in _OUT_OF_RESOURCES:  # that client has gone
                     continue
-                if self._make_room():
+                if self._connections.evict(now):
                     continue
                 if not self._is_short:
                     log.warning("accepting pauses: %s", exc.strerror)

@@ -8,13 +8,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from operator import itemgetter
 
 from inference_api.config import Settings
 from inference_api.logs import LineWriter
 from inference_api.metrics import Metrics
 from inference_api.worker.admission import Admission
 from inference_api.worker.connection import MAX_PIPELINED_BYTES, Connection, Phase
+from inference_api.worker.connections import READ, WRITE, Connections
 from inference_api.worker.http import Refusal
 from inference_api.worker.journal import Journal
 from inference_api.worker.lifecycle import Lifecycle
@@ -24,9 +24,6 @@ from inference_api.worker.role import Role
 from inference_api.worker.wsgi import Application, Exchange, problem_answer
 
 READ_BYTES = 65_536
-MAX_HELD_BYTES = 64 * 1_048_576
-"""Bytes of request bodies held in one worker; beyond it, connections that hold much are not read from."""
-MIN_PAUSED_BYTES = 65_536
 MIN_COUNTED_BYTES = 4_096
 TICK_SECONDS = 0.1
 HEARTBEAT_SECONDS = 1.0
@@ -38,11 +35,8 @@ RESERVED_PART = 8
 GONE_STATUS = 499
 """The status in the log of a request whose client left before its answer, as in nginx; it is never sent."""
 
-READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
-
 log = logging.getLogger("inference_api.worker")
 
-_IDLE_PHASES = (Phase.IDLE, Phase.LINGERING)
 # What is not learnt from: paths that clients make up, which would crowd out those that exist, and 503, by which the
 # application says that it has not called the model.
 _NOT_SERVED = (404, 405, 503)
@@ -82,12 +76,9 @@ class Loop:
         self._journal = Journal(settings, writer, metrics)
         self._heartbeat = heartbeat
         self._selector = selectors.DefaultSelector()
-        self._listener = Listener(listeners, self._selector, self._has_room, self._evict, self._admit)
-        self._connections: set[Connection] = set()
-        self._evictable: list[tuple[Connection, float]] = []
+        self._connections = Connections(self._selector, settings.max_connections)
+        self._listener = Listener(listeners, self._selector, self._connections, self._admit)
         self._ready: deque[Connection] = deque()  # that have more requests in their buffer
-        self._held_bytes = 0
-        self._paused: dict[Connection, None] = {}  # that hold much: in the order in which they may go on
         self._wake_fd = wake_fds[0]
         self._selector.register(self._wake_fd, READ)
         self._outbox = Outbox(wake_fds[1])
@@ -227,9 +218,9 @@ class Loop:
 
     def _read(
         self, events: Sequence[tuple[selectors.SelectorKey, int]]
-    ) -> tuple[list[tuple[Connection, bytes]], list[Connection], list[socket.socket]]:
-        """What has come on which connection, which connections can be written to, and which listeners accepted from."""
-        arrived: list[tuple[Connection, bytes]] = []
+    ) -> tuple[list[tuple[Connection, bytes | None]], list[Connection], list[socket.socket]]:
+        """What has come, None where the connection is lost; what can be written to; which listeners to accept from."""
+        arrived: list[tuple[Connection, bytes | None]] = []
         writable: list[Connection] = []
         knocked: list[socket.socket] = []
         for key, mask in events:
@@ -240,8 +231,8 @@ class Loop:
                         arrived.append((target, target.sock.recv(READ_BYTES)))
                     except BlockingIOError:
                         pass
-                    except OSError:
-                        self._lost(target)
+                    except (OSError, MemoryError):
+                        arrived.append((target, None))
                 if mask & WRITE:
                     writable.append(target)
             elif target is not None:
@@ -250,9 +241,11 @@ class Loop:
                 os.read(self._wake_fd, READ_BYTES)
         return arrived, writable, knocked
 
-    def _take(self, connection: Connection, data: bytes) -> None:
+    def _take(self, connection: Connection, data: bytes | None) -> None:
         phase = connection.phase
-        if not data:
+        if data is None:
+            self._lost(connection)
+        elif not data:
             self._client_ended(connection)
         elif phase is Phase.IDLE or phase is Phase.READING:
             self._advance(connection, data)
@@ -262,7 +255,7 @@ class Loop:
         else:
             connection.buffer += data
             if len(connection.buffer) > MAX_PIPELINED_BYTES:
-                self._watch(connection, connection.events & ~READ)
+                self._connections.watch(connection, connection.events & ~READ)
 
     def _go_on(self, connection: Connection) -> None:
         if connection.phase is Phase.IDLE:
@@ -284,17 +277,9 @@ class Loop:
             connection.wants_continue = False
             if not self._send(connection, b"HTTP/1.1 100 Continue\r\n\r\n"):
                 return
-        self._hold(connection, connection.unfinished_bytes)
-        if self._held_bytes > MAX_HELD_BYTES and connection.held_bytes > MIN_PAUSED_BYTES:
-            self._paused.setdefault(connection)
-            if connection is not next(iter(self._paused)):  # one goes on, or none would ever be complete
-                self._watch(connection, connection.events & ~READ)
-        elif connection.has_ended:
+        self._connections.hold(connection, connection.unfinished_bytes)
+        if not self._connections.is_paused(connection) and connection.has_ended:
             self._client_ended(connection)
-
-    def _hold(self, connection: Connection, count: int) -> None:
-        self._held_bytes += count - connection.held_bytes
-        connection.held_bytes = count
 
     def _dispatch(self, connection: Connection, exchange: Exchange) -> None:
         self._requests += 1
@@ -303,8 +288,7 @@ class Loop:
         exchange.arrived = self._now
         exchange.deadline = connection.expires = self._now + self._settings.request_timeout
         if connection.held_bytes or exchange.body_bytes > MIN_COUNTED_BYTES:
-            self._hold(connection, exchange.body_bytes)
-            self._paused.pop(connection, None)
+            self._connections.hold(connection, exchange.body_bytes)
         if exchange.method in ("GET", "HEAD"):  # health never waits behind predictions
             exchange.is_get = True
             exchange.environ["inference_api.state"] = self._lifecycle.state
@@ -322,7 +306,7 @@ class Loop:
     def _client_ended(self, connection: Connection) -> None:
         """The client sends no more: it has left, or has only closed its half (a FIN tells not which)."""
         connection.has_ended = True
-        self._watch(connection, connection.events & ~READ)
+        self._connections.watch(connection, connection.events & ~READ)
         phase, exchange = connection.phase, connection.exchange
         if phase is Phase.READING and connection.is_within_request:
             self._refuse(connection, 400, "The request is not complete.")
@@ -354,7 +338,7 @@ class Loop:
             exchange.room.set()
         if sent < len(data):
             connection.output.append(memoryview(data)[sent:])
-            self._watch(connection, connection.events | WRITE)
+            self._connections.watch(connection, connection.events | WRITE)
         return True
 
     def _write(self, connection: Connection) -> None:
@@ -375,7 +359,7 @@ class Loop:
         except OSError:
             self._lost(connection)
             return
-        self._watch(connection, connection.events & ~WRITE)
+        self._connections.watch(connection, connection.events & ~WRITE)
         if connection.phase is Phase.WRITING:
             self._next(connection)
 
@@ -393,14 +377,14 @@ class Loop:
         """An answer is out: turn to the next request, or end the connection."""
         connection.exchange = None
         if connection.held_bytes:
-            self._hold(connection, 0)
+            self._connections.hold(connection, 0)
         if connection.must_close:
             self._linger(connection)
             return
         self._idle(connection)
         if connection.buffer:
             if not connection.events & READ and not connection.has_ended:
-                self._watch(connection, connection.events | READ)
+                self._connections.watch(connection, connection.events | READ)
             self._ready.append(connection)
         elif connection.has_ended:
             self._close(connection)
@@ -435,9 +419,8 @@ class Loop:
 
     def _admit(self, sock: socket.socket, address: str, port: str) -> None:
         connection = self._connect(sock, address, port)
-        self._connections.add(connection)
         self._idle(connection)
-        self._watch(connection, READ)
+        self._connections.add(connection)
         self._next_tick = min(self._next_tick, self._now + TICK_SECONDS)
 
     def _idle(self, connection: Connection) -> None:
@@ -447,30 +430,6 @@ class Loop:
             IDLE_AT_CLOSE_SECONDS if self._lifecycle.is_in_grace else self._settings.keep_alive
         )
 
-    def _has_room(self) -> bool:
-        return len(self._connections) < self._settings.max_connections or self._evict()
-
-    def _evict(self) -> bool:
-        """Close the connection that has been idle for longest; returns whether there was one."""
-        for _ in range(2):
-            while self._evictable:
-                connection, since = self._evictable.pop()
-                if connection.since == since and self._is_idle(connection):
-                    self._close(connection)
-                    return True
-            # Not one that was accepted in this very turn: nobody has looked yet whether its request has come.
-            idle = ((c, c.since) for c in self._connections if c.phase in _IDLE_PHASES and c.since < self._now)
-            self._evictable = sorted(idle, key=itemgetter(1), reverse=True)
-        return False
-
-    def _is_idle(self, connection: Connection) -> bool:
-        if connection.phase not in _IDLE_PHASES or connection.buffer or connection not in self._connections:
-            return False
-        try:
-            return connection.phase is Phase.LINGERING or not connection.sock.recv(1, socket.MSG_PEEK)
-        except OSError:  # nothing has come that is not read yet
-            return True
-
     def _lost(self, connection: Connection) -> None:
         """The client has gone; what it still waits for is not worth doing."""
         exchange = connection.exchange
@@ -478,7 +437,7 @@ class Loop:
             self._abandon(exchange)
             if connection.phase is Phase.RUNNING:
                 exchange.status = GONE_STATUS
-                self._metrics.gone()
+                self._metrics.count("requests_gone")
                 self._journal.record(exchange)
                 if exchange.started and not exchange.is_get and not exchange.is_done:
                     self._orphans.add(exchange)
@@ -506,31 +465,14 @@ class Loop:
         connection.buffer = b""
         connection.since = self._now
         connection.expires = self._now + LINGER_SECONDS
-        self._watch(connection, READ)
+        self._connections.watch(connection, READ)
 
     def _close(self, connection: Connection) -> None:
-        if connection.events:
-            self._selector.unregister(connection.sock)
-            connection.events = 0
-        connection.sock.close()
-        self._hold(connection, 0)
-        self._paused.pop(connection, None)
-        self._connections.discard(connection)
+        self._connections.close(connection)
         exchange, connection.exchange = connection.exchange, None
         if exchange is not None and not exchange.abandoned and exchange.room is not None:
             exchange.abandoned = True
             exchange.room.set()
-
-    def _watch(self, connection: Connection, events: int) -> None:
-        if events == connection.events:
-            return
-        if not connection.events:
-            self._selector.register(connection.sock, events, connection)
-        elif not events:
-            self._selector.unregister(connection.sock)
-        else:
-            self._selector.modify(connection.sock, events, connection)
-        connection.events = events
 
     # Time.
 
@@ -541,8 +483,7 @@ class Loop:
                 self._expire(connection)
             except Exception:
                 self._failed(connection)
-        if self._paused:
-            self._resume()
+        self._connections.resume()
         if pool.jobs:
             self._shed_hopeless()
         self._advance_end()
@@ -560,7 +501,7 @@ class Loop:
             connections=len(self._connections),
             threads_stuck=len(pool.overdue),
         )
-        self._metrics.log_lines_dropped(self._writer.take_dropped())
+        self._metrics.count("log_lines_dropped", self._writer.take_dropped())
         is_busy = self._connections or not self._lifecycle.is_serving
         self._next_tick = now + TICK_SECONDS if is_busy else self._next_heartbeat
 
@@ -573,7 +514,7 @@ class Loop:
             self._abandon(exchange)
             if exchange.started and not exchange.is_get:
                 self._overdue(exchange)
-            self._metrics.timed_out()
+            self._metrics.count("requests_timed_out")
             log.warning("deadline passed", extra={**exchange.log_fields, "started": bool(exchange.started)})
             if exchange.room is not None:  # part of the answer is out
                 self._journal.record(exchange)
@@ -588,15 +529,6 @@ class Loop:
         """Its thread is not counted on any more, until it comes back."""
         self._pool.overdue.add(exchange)
         self._admission.leave(exchange)
-
-    def _resume(self) -> None:
-        """Read on from connections that hold much: from all where there is room again, else from the first."""
-        has_room = self._held_bytes <= MAX_HELD_BYTES
-        for connection in list(self._paused) if has_room else [next(iter(self._paused))]:
-            if connection.phase is Phase.READING:
-                self._watch(connection, connection.events | READ)
-        if has_room:
-            self._paused.clear()
 
     def _shed_hopeless(self) -> None:
         """Refuse at once what waits and, by what has been learnt since, cannot be answered in time."""
