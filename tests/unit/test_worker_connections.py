@@ -1,0 +1,141 @@
+"""The open connections by themselves: which one is closed to make room, and which ones are not read from."""
+
+import selectors
+import socket
+from collections.abc import Iterator
+from typing import cast
+
+import pytest
+
+from inference_api.worker.connection import Connection, Phase
+from inference_api.worker.connections import MAX_HELD_BYTES, MIN_PAUSED_BYTES, READ, WRITE, Connections
+from inference_api.worker.http import RequestParser
+
+NOW = 1000.0
+
+
+class Opened:
+    """Connections and the clients at their other ends."""
+
+    def __init__(self, max_connections: int = 3) -> None:
+        self.selector = selectors.DefaultSelector()
+        self.connections = Connections(self.selector, max_connections)
+        self.clients: dict[Connection, socket.socket] = {}
+
+    def add(self, since: float = 0.0, phase: Phase = Phase.IDLE) -> Connection:
+        """One more, in this phase since so many seconds after the first."""
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        connection = Connection(ours, cast(RequestParser, None), {})
+        connection.phase, connection.since = phase, since
+        self.connections.add(connection)
+        self.clients[connection] = theirs
+        return connection
+
+    def is_read_from(self, connection: Connection) -> bool:
+        """Whether the selector says so when something comes."""
+        self.clients[connection].send(b"x")
+        return any(key.data is connection and mask & READ for key, mask in self.selector.select(0))
+
+    def close(self) -> None:
+        for connection, client in self.clients.items():
+            self.connections.close(connection)
+            client.close()
+        self.selector.close()
+
+
+@pytest.fixture
+def opened() -> Iterator[Opened]:
+    """Room for three."""
+    opened = Opened()
+    yield opened
+    opened.close()
+
+
+def test_there_is_room_up_to_the_bound(opened: Opened) -> None:
+    """Nobody is closed for it."""
+    for _ in range(3):
+        assert opened.connections.has_room(NOW)
+        opened.add(phase=Phase.RUNNING)
+    assert len(opened.connections) == 3
+    assert not opened.connections.has_room(NOW)
+
+
+def test_the_one_that_has_been_idle_for_longest_makes_room(opened: Opened) -> None:
+    """One after the other, until all that are left are busy."""
+    newest, oldest = opened.add(since=2.0), opened.add(since=1.0, phase=Phase.LINGERING)
+    busy = opened.add(phase=Phase.READING)
+    assert opened.connections.has_room(NOW)
+    assert set(opened.connections) == {newest, busy}
+    assert opened.connections.evict(NOW)
+    assert set(opened.connections) == {busy}
+    assert not opened.connections.evict(NOW)
+    assert opened.clients[oldest].recv(1) == b""
+
+
+def test_one_whose_request_has_come_is_not_idle(opened: Opened) -> None:
+    """Whether it is still with the socket or has been read already."""
+    unread, buffered, reused = opened.add(), opened.add(since=1.0), opened.add(since=2.0)
+    opened.clients[unread].send(b"G")
+    buffered.buffer = b"GET"
+    assert opened.connections.evict(NOW)
+    assert set(opened.connections) == {unread, buffered}
+    assert reused not in opened.connections
+
+
+def test_one_that_has_been_idle_anew_waits_its_turn(opened: Opened) -> None:
+    """What was found when somebody had to go holds only while it is still so."""
+    first, second, third = opened.add(since=1.0), opened.add(since=2.0), opened.add(since=3.0)
+    assert opened.connections.evict(NOW)
+    second.since = 4.0  # it has been answered a request since
+    assert opened.connections.evict(NOW)
+    assert first not in opened.connections
+    assert third not in opened.connections
+    assert second in opened.connections
+
+
+def test_one_of_this_very_turn_is_not_closed(opened: Opened) -> None:
+    """Nobody has looked yet whether its request has come."""
+    opened.add(since=NOW)
+    assert not opened.connections.evict(NOW)
+
+
+def test_what_is_watched_can_be_changed_and_ended(opened: Opened) -> None:
+    """To say the same again, or to close twice, changes nothing."""
+    connection = opened.add()
+    opened.connections.watch(connection, READ | WRITE)
+    opened.connections.watch(connection, READ | WRITE)
+    assert [mask for _, mask in opened.selector.select(0)] == [WRITE]
+    opened.connections.watch(connection, 0)
+    assert not opened.is_read_from(connection)
+    opened.connections.watch(connection, READ)
+    assert opened.is_read_from(connection)
+    opened.connections.close(connection)
+    opened.connections.close(connection)
+    assert not opened.selector.get_map()
+
+
+def test_beyond_the_bound_all_but_the_first_pause(opened: Opened) -> None:
+    """They go on when there is room again, or when it is their turn."""
+    held = [opened.add(phase=Phase.READING) for _ in range(3)]
+    for connection in held:
+        opened.connections.hold(connection, MAX_HELD_BYTES // 2)
+    assert [opened.connections.is_paused(connection) for connection in held] == [True] * 3
+    assert [opened.is_read_from(connection) for connection in held] == [True, False, False]
+    held[0].phase = Phase.RUNNING  # it is complete
+    opened.connections.hold(held[0], MAX_HELD_BYTES // 2)
+    opened.connections.resume()
+    assert [opened.is_read_from(connection) for connection in held[1:]] == [True, False]
+    opened.connections.close(held[1])
+    opened.connections.hold(held[0], 0)
+    opened.connections.resume()
+    assert opened.is_read_from(held[2])
+
+
+def test_who_holds_little_never_pauses(opened: Opened) -> None:
+    """A small request must not wait for the large ones of others."""
+    large, small = opened.add(phase=Phase.READING), opened.add(phase=Phase.READING)
+    opened.connections.hold(large, MAX_HELD_BYTES + 1)
+    opened.connections.hold(small, MIN_PAUSED_BYTES)
+    assert not opened.connections.is_paused(small)
+    assert opened.is_read_from(small)
