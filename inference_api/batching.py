@@ -108,7 +108,7 @@ class _Call:
         self.inputs = inputs
         self.caller = caller
         self.outputs: list[Any] = [None] * len(inputs)
-        self.left = len(inputs)  # inputs without an output
+        self.left = len(inputs)  # inputs that an output is still to come for
         self.failure: Exception | None = None
         self.is_leader = False
         self._next: _Call | None = None
@@ -117,7 +117,12 @@ class _Call:
 
     @property
     def is_settled(self) -> bool:
-        return not self.left or self.failure is not None
+        return not self.left
+
+    def fail(self, failure: Exception) -> None:
+        """The first input that fails fails the others of its array, too."""
+        self.failure = failure
+        self.left = 0
 
     def put(self, index: int, output: Any) -> None:
         self.outputs[index] = output
@@ -182,8 +187,12 @@ class Batcher:
             call.wait()
         if call.is_leader:
             self._lead(call)
-        if call.failure is not None:
-            raise call.failure
+        failure, call.failure = call.failure, None
+        if failure is not None:
+            try:
+                raise failure
+            finally:
+                del failure  # which refers to this frame: referring to each other, both would live on, with the request
         return call.outputs
 
     def _lead(self, own: _Call) -> None:
@@ -223,13 +232,13 @@ class Batcher:
         with self._lock:
             while self._waiting and len(batch) < self._gathering.max_batch_size:
                 call, index = self._waiting.popleft()
-                if call is not last and call.failure is None:
+                if call is not last and not call.is_settled:
                     call.caller.is_waiting = False
                     if call.caller.abandoned:
-                        call.failure = AbandonedError()
+                        call.fail(AbandonedError())
                         gone.append(call)
                 last = call
-                if call.failure is None:  # one input of an array that has failed fails the others
+                if not call.is_settled:
                     batch.append((call, index))
         return batch, gone
 
@@ -266,9 +275,9 @@ class Batcher:
                 call.put(index, output)
 
     def _run_alone(self, call: _Call, index: int) -> None:
-        if call.failure is not None:
+        if call.is_settled:
             return
         try:
             call.put(index, _predict_one(self._predict, call.inputs[index], index, call.caller))
         except Exception as exc:
-            call.failure = exc
+            call.fail(exc)

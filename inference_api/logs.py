@@ -205,8 +205,12 @@ class LineWriter:
             if not self._closing:
                 time.sleep(GATHER_SECONDS)  # a write for many lines, and few switches between threads
             self._wake.clear()
-            while self._lines:
-                self._write_some()
+            self._write_all()
+        self._write_all()  # what has come between the last look and the end
+
+    def _write_all(self) -> None:
+        while self._lines:
+            self._write_some()
 
     def _write_some(self) -> None:
         chunk: list[bytes] = []

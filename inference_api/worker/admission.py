@@ -41,7 +41,7 @@ class Admission:
         cost = self._service_seconds.get(exchange.path, 0.0)
         # Where a thread is free there is nothing to wait for, and something to learn of a service time that has grown.
         if pool.taken >= pool.size:
-            threads = pool.size - len(pool.overdue)
+            threads = pool.useful_threads
             if threads <= 0:
                 return "stuck"
             if pool.taken - pool.size >= self._max_pending:  # not by the queue: a thread may be about to take from it

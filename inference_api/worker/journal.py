@@ -9,6 +9,8 @@ from inference_api.logs import LineWriter, access_line, timestamp, trace_id
 from inference_api.metrics import Metrics
 from inference_api.worker.wsgi import Exchange
 
+log = logging.getLogger("inference_api.worker")
+
 _NO_ENVIRON: dict[str, Any] = {}
 
 
@@ -28,18 +30,25 @@ class Journal:
 
     def write(self, now: float) -> None:
         """Count the requests, and hand their lines to the writer: a turn has ended."""
-        if not self._entries:
-            return
+        if self._entries:
+            try:
+                self._write(now)
+            except Exception:
+                log.exception("requests are missing in the access log and the metrics")
+            self._entries.clear()
+
+    def _write(self, now: float) -> None:
         stamp = timestamp(time.time())
-        lines = []
+        lines: list[bytes] = []
         for exchange, status in self._entries:
+            exchange.environ = _NO_ENVIRON  # which refers back to the exchange, and holds the body
             started = exchange.started
             seconds = max(now, exchange.ended) - exchange.arrived  # it may have been run in this very turn
             wait_seconds = started - exchange.arrived if started else None
             if self._metrics is not None:
                 self._metrics.record(exchange.path, exchange.method, status, seconds, wait_seconds)
             if self._has_lines:
-                traceparent = exchange.environ.get("HTTP_TRACEPARENT")
+                traceparent = exchange.traceparent
                 lines.append(
                     access_line(
                         stamp,
@@ -53,7 +62,5 @@ class Journal:
                         trace_id(traceparent) if traceparent is not None else None,
                     )
                 )
-            exchange.environ = _NO_ENVIRON  # which refers back to the exchange, and holds the body
-        self._entries.clear()
         if lines:
             self._writer.write(lines)

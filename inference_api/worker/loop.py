@@ -24,6 +24,9 @@ from inference_api.worker.role import Role
 from inference_api.worker.wsgi import Application, Exchange, problem_answer
 
 READ_BYTES = 65_536
+CONNECTIONS_AT_ONCE = 64
+"""What has come on so many connections is read before it is understood, which needs as many times READ_BYTES."""
+PIECES_AT_ONCE = 128
 MIN_COUNTED_BYTES = 4_096
 TICK_SECONDS = 0.1
 HEARTBEAT_SECONDS = 1.0
@@ -127,24 +130,19 @@ class Loop:
         return self._lifecycle.is_in_grace and not self._connections and self._listener.is_done
 
     def receive(self, *, may_wait: bool) -> float:
-        """Accept and read what has come, and submit the requests that are complete; returns the time of the turn."""
+        """Read what has come, submit the requests that are complete, and accept; returns the time of the turn."""
         outbox = self._outbox
         outbox.is_asleep = True
         is_due = outbox.pieces or self._ready or self._lifecycle.stop_requested or not may_wait
         events = self._selector.select(0.0 if is_due else max(0.0, self._next_tick - time.monotonic()))
         outbox.is_asleep = False
         self._now = time.monotonic()
-        arrived, writable, knocked = self._read(events)
-        for connection, data in arrived:
-            try:
-                self._take(connection, data)
-            except Exception:
-                self._failed(connection)
-        for connection in writable:
-            self._guarded(self._write, connection)
+        knocked: list[socket.socket] = []
+        for first in range(0, len(events), CONNECTIONS_AT_ONCE):
+            knocked += self._read(events[first : first + CONNECTIONS_AT_ONCE])
         for _ in range(len(self._ready)):
             self._guarded(self._go_on, self._ready.popleft())
-        for listening in knocked:  # to let somebody in may end a connection that is idle: now none has unread bytes
+        for listening in knocked:  # last: to let somebody in may close a connection that looks idle until it is read
             self._listener.accept(listening, self._now)
         self._get_pool.wake()
         return self._now
@@ -161,11 +159,11 @@ class Loop:
         self._journal.write(self._now)
 
     def _guarded(self, step: Callable[[Connection], None], connection: Connection) -> None:
-        if connection in self._connections:
-            try:
+        try:
+            if connection in self._connections:
                 step(connection)
-            except Exception:
-                self._failed(connection)
+        except Exception:
+            self._failed(connection)
 
     def _failed(self, connection: Connection) -> None:
         """A bug costs one connection, not the worker."""
@@ -176,10 +174,10 @@ class Loop:
             self._close(connection)
 
     def _send_answers(self) -> None:
-        """Send all that has been made, and then see to what it ends."""
+        """Send what has been made, and then see to what it ends."""
         pieces = self._outbox.pieces
         ended, answered = [], []
-        while pieces:
+        for _ in range(min(len(pieces), PIECES_AT_ONCE)):  # a thread may make more as fast as they are sent
             exchange, data, is_last = pieces.popleft()
             if is_last:
                 ended.append(exchange)
@@ -216,11 +214,9 @@ class Loop:
 
     # Reading.
 
-    def _read(
-        self, events: Sequence[tuple[selectors.SelectorKey, int]]
-    ) -> tuple[list[tuple[Connection, bytes | None]], list[Connection], list[socket.socket]]:
-        """What has come, None where the connection is lost; what can be written to; which listeners to accept from."""
-        arrived: list[tuple[Connection, bytes | None]] = []
+    def _read(self, events: Sequence[tuple[selectors.SelectorKey, int]]) -> list[socket.socket]:
+        """Read from these connections, then take what has come, then write; returns the listeners among them."""
+        arrived: list[tuple[Connection, bytes | None]] = []  # None where the connection is lost
         writable: list[Connection] = []
         knocked: list[socket.socket] = []
         for key, mask in events:
@@ -239,7 +235,14 @@ class Loop:
                 knocked.append(target)
             else:
                 os.read(self._wake_fd, READ_BYTES)
-        return arrived, writable, knocked
+        for connection, data in arrived:
+            try:
+                self._take(connection, data)
+            except Exception:
+                self._failed(connection)
+        for connection in writable:
+            self._guarded(self._write, connection)
+        return knocked
 
     def _take(self, connection: Connection, data: bytes | None) -> None:
         phase = connection.phase
@@ -479,10 +482,7 @@ class Loop:
     def _tick(self) -> None:
         now, pool = self._now, self._pool
         for connection in [c for c in self._connections if c.expires <= now]:
-            try:
-                self._expire(connection)
-            except Exception:
-                self._failed(connection)
+            self._guarded(self._expire, connection)
         self._connections.resume()
         if pool.jobs:
             self._shed_hopeless()

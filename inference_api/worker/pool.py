@@ -81,11 +81,21 @@ class Pool:
         """Whether a thread waits for work."""
         return bool(self._idle)
 
-    def replace_one(self) -> None:
-        """End one thread, as soon as it has nothing to do: another thread is about to `serve` in its place."""
+    def reserve(self) -> "threading.Lock | None":
+        """Keep an idle thread idle, whose place the caller takes until `free` or `replace`; None if all are busy."""
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return None
+
+    def free(self, place: threading.Lock) -> None:
+        """The place that was reserved is the thread's again."""
+        self._idle.append(place)
+
+    def replace(self, place: threading.Lock) -> None:
+        """End a thread: another one is about to `serve` in the place that was reserved."""
         self._exits.append(None)
-        with suppress(IndexError):
-            self._idle.pop().release()
+        place.release()
 
     def take_back(self, exchange: Exchange) -> None:
         """A thread is done with a request."""

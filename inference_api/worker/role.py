@@ -45,6 +45,7 @@ class Role:
         self._run = run
         self._lock = threading.Lock()  # held by the thread that has the role, but while it runs `_quick`
         self._quick: Exchange | None = None
+        self._place: threading.Lock | None = None  # in the pool, of the thread that runs `_quick`
         self._last_quick = 0.0  # when there was a request that is quick
         self._is_watched = False
         self._over = threading.Event()
@@ -81,45 +82,59 @@ class Role:
 
     def _fulfil(self) -> bool:
         """Do the duties until they are over; returns whether this thread still has the role."""
-        slow, self._quick = self._quick, None
-        if slow is not None:
-            self._admission.observe(slow, max(slow.cost, TAKE_OVER_SECONDS), weight=1.0)
-            self._pool.replace_one()
-            self._pool.wake()  # for what stood behind it in the queue
+        if self._quick is not None:
+            self._take_over(self._quick)
         while not self._duties.is_over():
-            now = self._duties.receive(may_wait=not self._has_quick(time.monotonic()))
+            has_quick = self._has_quick()
+            if not has_quick:
+                self._pool.wake()  # also for what this thread has left to itself, and what is not quick any more
+            now = self._duties.receive(may_wait=not has_quick)
             if self._pool.jobs and not self._work(now):
                 return False
             self._duties.respond()
         return True
 
+    def _take_over(self, slow: Exchange) -> None:
+        """Go on where the thread that had the role before is busy."""
+        seconds = time.monotonic() - slow.started
+        if seconds > TAKE_OVER_SECONDS:  # it may be that the one which was found slow has ended, and this one begun
+            self._admission.observe(slow, seconds, weight=1.0)
+        self._quick = None
+        if self._place is not None:
+            self._pool.replace(self._place)
+
     def _work(self, now: float) -> bool:
         """Let what has been submitted be run; returns whether this thread still has the role."""
         jobs = self._pool.jobs
-        while self._has_quick(now):
-            try:
-                exchange = jobs.popleft()
-            except IndexError:  # an application thread has taken it
-                break
-            self._last_quick = exchange.started = time.monotonic()
-            self._quick = exchange
-            self._lock.release()
-            self._run(exchange)
-            if not self._lock.acquire(blocking=False):
-                return False
-            self._quick = None
-            if self._last_quick - now > TURN_SECONDS and self._has_quick(now):
-                return True
-        self._pool.wake()
+        if not self._is_watched and self._is_quick_next():
+            self._last_quick = now
+        # Each place is one of THREADS: without one, this would be a prediction more at once than that.
+        self._place = self._pool.reserve() if self._has_quick() else None
+        if self._place is not None:
+            ends = time.monotonic() + TURN_SECONDS
+            while self._is_quick_next() and self._last_quick < ends:
+                try:
+                    exchange = jobs.popleft()
+                except IndexError:  # an application thread has taken it
+                    break
+                self._last_quick = exchange.started = time.monotonic()
+                self._quick = exchange
+                self._lock.release()
+                self._run(exchange)
+                if not self._lock.acquire(blocking=False):
+                    return False
+                self._quick = None
+            self._pool.free(self._place)
+        if not self._has_quick():
+            self._pool.wake()
         return True
 
-    def _has_quick(self, now: float) -> bool:
-        """Whether the next request is one to be run by the thread that has the role."""
+    def _is_quick_next(self) -> bool:
         try:
-            is_quick = self._admission.is_quick(self._pool.jobs[0])
+            return self._admission.is_quick(self._pool.jobs[0])
         except IndexError:
             return False
-        if is_quick and not self._is_watched:
-            self._last_quick = now
-        # Were all threads of the pool busy, this would be one prediction more at once than THREADS allows.
-        return is_quick and self._is_watched and self._pool.has_idle
+
+    def _has_quick(self) -> bool:
+        """Whether the next request is one to be run by the thread that has the role."""
+        return self._is_watched and self._pool.has_idle and self._is_quick_next()

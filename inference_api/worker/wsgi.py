@@ -61,7 +61,7 @@ class Exchange:
         "_headers", "_is_bodiless", "_is_chunked", "_left", "_server", "_status_line", "abandoned", "arrived",
         "body_bytes", "connection", "cost", "deadline", "ended", "environ", "is_begun", "is_done", "is_get",
         "is_http11", "is_waiting", "keep_alive", "method", "model", "path", "produced_bytes", "request_id", "room",
-        "sent_bytes", "started", "status",
+        "sent_bytes", "started", "status", "traceparent",
     )  # fmt: skip
 
     def __init__(
@@ -72,6 +72,7 @@ class Exchange:
         self.method = environ["REQUEST_METHOD"]
         self.path = environ["PATH_INFO"]
         self.request_id = problems.request_id(environ)
+        self.traceparent: str | None = environ.get("HTTP_TRACEPARENT")
         self.body_bytes = len(body)
         self.is_http11 = is_http11
         self.keep_alive = keep_alive
@@ -123,6 +124,7 @@ class Exchange:
                 exc_info = None  # breaks the reference cycle, as PEP 3333 asks
         elif self._status_line is not None:
             raise AssertionError("start_response() was called twice without exc_info")
+        self._status_line = None  # what is refused is not sent, should the application go on all the same
         self.status = _code(status)
         self._check(headers)
         self._status_line = status

@@ -2,6 +2,7 @@
 
 import json
 import socket
+import threading
 import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,10 +26,12 @@ from tests.live.service import (
 GUNICORN = ("-m", "gunicorn", "-c", str(PROJECT / "gunicorn.conf.py"), "apps:app")
 LAST = b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
 MEBIBYTE = 1_048_576
+TRACEPARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
 APPS = '''
 import json
 import sys
+from contextlib import suppress
 from urllib.parse import unquote
 from wsgiref.validate import validator
 
@@ -144,6 +147,12 @@ def answer(environ, start_response):
             raise ValueError("secret of the second try")
         except ValueError:
             start_response("500 Sorry", [("Content-Type", "text/plain")], sys.exc_info())
+    if how == "goes-on-after-a-refusal":
+        try:
+            raise ValueError("secret of the third try")
+        except ValueError:
+            with suppress(ValueError):
+                start_response("200 OK", [("A", "b\\r\\nSet-Cookie: c")], sys.exc_info())
     if how == "exits":
         raise SystemExit(1)
     return pieces
@@ -171,6 +180,26 @@ def big(environ, start_response):
     return (b"x" * 65_536 for _ in range(2_048))
 
 
+def until_told(environ, start_response):
+    def pieces():
+        while "told" not in EVENTS:
+            yield b"x" * 100
+    start_response("200 OK", TEXT)
+    return pieces()
+
+
+def tell(environ, start_response):
+    EVENTS.append("told")
+    start_response("200 OK", TEXT)
+    return [b"ok"]
+
+
+def meddle(environ, start_response):
+    environ.update(dict.fromkeys(environ, b"no text"))
+    start_response("200 OK", TEXT)
+    return [b"ok"]
+
+
 def simple(environ, start_response):
     body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
     write = start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", str(len(body) + 1))])
@@ -184,7 +213,8 @@ def streaming(environ, start_response):
     yield b"b"
 
 
-routes = {f"/{app.__name__}": app for app in (health, events, environ, echo, answer, endless, write_endlessly, big)}
+APPS = (health, events, environ, echo, answer, endless, write_endlessly, big, until_told, tell, meddle)
+routes = {f"/{app.__name__}": app for app in APPS}
 routes["/validated"] = validator(simple)
 routes["/validated_stream"] = validator(streaming)
 
@@ -433,6 +463,7 @@ def test_bodiless(service: Service, status: str, method: str, length: str | None
         {"as": "twice"},
         {"as": "none"},
         {"as": "exits"},
+        {"as": "goes-on-after-a-refusal"},
         {"pieces": [1]},
         {"pieces": [1], "as": "generator"},
         {"pieces": [1], "as": "write"},
@@ -490,6 +521,30 @@ def test_exc_info(service: Service) -> None:
     answer = request(service, path_of(pieces=["short"], headers=[["A", "b"]], **{"as": "exc_info"}))
     assert (answer.status, answer.body) == (418, b"short")
     assert "a" not in answer.headers
+
+
+def test_what_an_application_does_to_its_environ_is_its_own_affair(service: Service) -> None:
+    """The access line tells of the request as it came."""
+    sent = b"GET /meddle HTTP/1.1\r\nHost: x\r\nX-Request-ID: meddled\r\nTraceparent: %b\r\nConnection: close\r\n\r\n"
+    (answer,) = answers(service.raw(sent % TRACEPARENT.encode()))
+    assert answer.body == b"ok"
+    wait_for(lambda: any(ln["request_id"] == "meddled" for ln in service.access_lines()), WAIT_SECONDS)
+    (line,) = [ln for ln in service.access_lines() if ln["request_id"] == "meddled"]
+    assert (line["method"], line["path"], line["trace_id"]) == ("GET", "/meddle", TRACEPARENT[3:35])
+
+
+def test_a_stream_that_never_ends_starves_nobody(service: Service) -> None:
+    """It makes its pieces as fast as they are sent; others are read from and answered meanwhile."""
+    with service.connect() as client:
+        client.sendall(b"POST /until_told HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+        received: list[bytes] = []
+        reader = threading.Thread(target=lambda: received.append(read_to_end(client)))
+        reader.start()
+        assert service.get("/health").body == b"ok"
+        assert service.get("/tell").body == b"ok"
+        reader.join(WAIT_SECONDS)
+    (answer,) = answers(received[0])
+    assert answer.body == b"x" * len(answer.body) != b""
 
 
 def test_servers_own_fields(service: Service) -> None:

@@ -1,10 +1,13 @@
 """Direct, Gathering and Batcher: with a clock made by hand, and models that stop where a test wants them to."""
 
+import gc
 import logging
 import random
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -679,3 +682,22 @@ def test_direct_asks_whether_anybody_waits_only_when_it_is_its_turn(threads: Thr
     with pytest.raises(AbandonedError):
         second.result(LIMIT_SECONDS)
     assert model.batches == [[1]]
+
+
+def test_a_failure_does_not_keep_its_request_alive() -> None:
+    """What an exception and its frames refer to is freed with it, not when the garbage is collected some day."""
+
+    def refuse(_inputs: Any) -> Any:
+        raise ValueError("unfit")
+
+    batcher = Batcher(refuse, refuse, Gathering(8, Clock()), lambda _size: None)
+    caller = Asked(False)
+    kept = weakref.ref(caller)
+    gc.disable()
+    try:
+        with suppress(UnfitInputError):
+            batcher.predict(["input"], caller)
+        del caller
+        assert kept() is None
+    finally:
+        gc.enable()

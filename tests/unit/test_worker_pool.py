@@ -117,7 +117,9 @@ def test_a_thread_is_replaced_by_another(runs: Runs) -> None:
     pool = Pool("replaced", runs)
     pool.grow(2)
     wait_for(lambda: pool.has_idle)
-    pool.replace_one()
+    place = pool.reserve()
+    assert place is not None
+    pool.replace(place)
     wait_for(lambda: sum(thread.name.startswith("replaced-") for thread in threading.enumerate()) == 1)
     runs.is_open.clear()
     threading.Thread(target=pool.serve, daemon=True).start()
@@ -130,21 +132,20 @@ def test_a_thread_is_replaced_by_another(runs: Runs) -> None:
     wait_for(lambda: len(runs.ended) == 3)
 
 
-def test_a_busy_thread_is_replaced_when_it_is_done(runs: Runs) -> None:
-    """Where none is idle, the first that ends its request leaves; what waits is run by the one in its place."""
-    runs.is_open.clear()
-    pool = Pool("busy", runs)
+def test_a_reserved_place_stays_idle_until_it_is_free(runs: Runs) -> None:
+    """Whose it is runs something meanwhile, and counts for the thread."""
+    pool = Pool("reserved", runs)
     pool.grow(1)
-    for _ in range(2):
-        pool.submit(exchange())
+    wait_for(lambda: pool.has_idle)
+    place = pool.reserve()
+    assert place is not None
+    assert (pool.has_idle, pool.reserve()) == (False, None)
+    pool.submit(exchange())
     pool.wake()
-    wait_for(lambda: len(runs.started) == 1)
-    pool.replace_one()
-    runs.is_open.set()
-    wait_for(lambda: not any(thread.name.startswith("busy-") for thread in threading.enumerate()))
-    assert (len(runs.ended), len(pool.jobs)) == (1, 1)
-    threading.Thread(target=pool.serve, daemon=True).start()
-    wait_for(lambda: len(runs.ended) == 2)
+    assert not runs.started
+    pool.free(place)
+    pool.wake()
+    wait_for(lambda: len(runs.ended) == 1)
 
 
 def test_a_pool_grows_and_never_shrinks(runs: Runs) -> None:

@@ -1,0 +1,150 @@
+"""The I/O thread's role by itself: who runs what is quick, and what becomes of what is not."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import pytest
+
+from inference_api.worker import role
+from inference_api.worker.admission import Admission
+from inference_api.worker.connection import Connection
+from inference_api.worker.pool import Pool
+from inference_api.worker.role import Role
+from inference_api.worker.wsgi import Exchange
+
+LIMIT_SECONDS = 20
+QUICK, SLOW = "/quick", "/slow"
+
+
+def exchange(path: str) -> Exchange:
+    environ: dict[str, Any] = {"REQUEST_METHOD": "POST", "PATH_INFO": path}
+    return Exchange(cast(Connection, None), environ, b"", is_http11=True, keep_alive=True)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+class Worker:
+    """A role, a pool of two threads, and duties that a test scripts turn by turn."""
+
+    def __init__(self) -> None:
+        self.pool = Pool("role", self.run)
+        self.admission = Admission(self.pool, 100, 60.0)
+        self.admission.observe(exchange(QUICK), 0.0001)
+        self.admission.observe(exchange(SLOW), 1.0)
+        self.role = Role(self, self.pool, self.admission, self.run)
+        self.ran_by: dict[Exchange, threading.Thread] = {}
+        self.ended: list[Exchange] = []
+        self.gates: dict[Exchange, threading.Event] = {}
+        self.receives: list[Callable[[], None]] = []
+        self.responds: list[Callable[[], None]] = []
+        self.waits: list[bool] = []
+        self.io_threads: list[threading.Thread] = []
+        self.is_ended = False
+
+    def run(self, exchange: Exchange) -> None:
+        self.ran_by[exchange] = threading.current_thread()
+        if exchange in self.gates:
+            assert self.gates[exchange].wait(LIMIT_SECONDS)
+        self.ended.append(exchange)
+
+    def add(self, path: str, *, is_gated: bool = False) -> Exchange:
+        """A request that has come; one that is gated runs until its gate is opened."""
+        new = exchange(path)
+        if is_gated:
+            self.gates[new] = threading.Event()
+        assert self.admission.enter(new) is None
+        self.pool.submit(new)
+        return new
+
+    def add_quick(self) -> None:
+        self.add(QUICK)
+
+    # The duties.
+
+    def is_over(self) -> bool:
+        return self.is_ended
+
+    def receive(self, *, may_wait: bool) -> float:
+        self.waits.append(may_wait)
+        self.io_threads.append(threading.current_thread())
+        if self.receives:
+            self.receives.pop(0)()
+        return time.monotonic()
+
+    def respond(self) -> None:
+        if self.responds:
+            self.responds.pop(0)()
+        time.sleep(0.001)
+
+    def serve(self) -> threading.Thread:
+        thread = threading.Thread(target=self.role.serve)
+        thread.start()
+        return thread
+
+
+@pytest.fixture
+def worker() -> Iterator[Worker]:
+    """It serves, its threads are idle, and it has seen quick requests of late."""
+    worker = Worker()
+    worker.pool.grow(2)
+    thread = worker.serve()
+    worker.receives.append(worker.add_quick)
+    wait_for(lambda: worker.role._is_watched and len(worker.pool._idle) == 2)
+    yield worker
+    for gate in worker.gates.values():
+        gate.set()
+    worker.is_ended = True
+    thread.join(LIMIT_SECONDS)
+    assert not thread.is_alive()
+
+
+def test_who_has_the_role_runs_what_is_quick_and_nothing_else(worker: Worker) -> None:
+    """The rest goes to the threads of the pool."""
+    added: list[Exchange] = []
+    worker.receives.append(lambda: added.extend(worker.add(path) for path in (QUICK, SLOW)))
+    wait_for(lambda: bool(added) and set(added) <= set(worker.ended))
+    by = [worker.ran_by[each].name for each in added]
+    assert by[0] == "io"
+    assert by[1].startswith("role-")
+
+
+def test_what_was_left_for_being_quick_is_not_forgotten_when_it_no_longer_is(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the selector is waited for, the pool is woken for it."""
+    monkeypatch.setattr(role, "TURN_SECONDS", 0.0)
+    added: list[Exchange] = []
+    seen: list[tuple[int, list[bool]]] = []
+
+    def look() -> None:
+        wait_for(lambda: len(set(added) & set(worker.ended)) == 3)
+        seen.append((len(worker.pool.jobs), worker.waits[-1:]))
+
+    worker.responds.append(lambda: worker.admission.observe(exchange(QUICK), 1.0, weight=1.0))
+    worker.receives.extend([lambda: added.extend(worker.add(QUICK) for _ in range(3)), look])
+    wait_for(lambda: bool(seen))
+    assert seen == [(0, [True])]
+
+
+def test_no_more_run_at_once_than_there_are_threads_when_one_is_not_quick(worker: Worker) -> None:
+    """The thread whose place was taken stays idle while the quick one runs, and ends when it turns out slow."""
+    first: list[Exchange] = []
+    worker.receives.append(lambda: first.append(worker.add(QUICK, is_gated=True)))
+    wait_for(lambda: bool(first) and first[0] in worker.ran_by)
+    others = [worker.add(SLOW, is_gated=True) for _ in range(3)]
+    worker.pool.wake()
+    turns = len(worker.waits)
+    wait_for(lambda: len(worker.waits) > turns + 3)  # another thread has the role
+    assert worker.io_threads[-1] is not worker.ran_by[first[0]]
+    assert [each in worker.ran_by for each in others] == [True, False, False]
+    for gate in worker.gates.values():
+        gate.set()
+    wait_for(lambda: set(others) <= set(worker.ended))
+    assert first[0] in worker.ended
