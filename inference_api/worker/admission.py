@@ -48,9 +48,12 @@ class Admission:
                 return "pending"
             if self._backlog_seconds / threads + cost > self._longest_seconds:
                 return "deadline"
+        self._charge(exchange, cost)
+        return None
+
+    def _charge(self, exchange: Exchange, cost: float) -> None:
         exchange.cost = cost
         self._backlog_seconds += cost
-        return None
 
     def is_quick(self, exchange: Exchange) -> bool:
         """Whether a request is known to take next to no time, and to wait for nothing."""
@@ -89,8 +92,7 @@ class Admission:
                 self._guess(exchange.path, now - exchange.started)
                 continue
             self.leave(exchange)
-            exchange.cost = self._service_seconds.get(exchange.path, 0.0)
-            self._backlog_seconds += exchange.cost
+            self._charge(exchange, self._service_seconds.get(exchange.path, 0.0))
             if wait_seconds and now + wait_seconds + exchange.cost > exchange.deadline:
                 self.leave(exchange)
                 found.append(exchange)

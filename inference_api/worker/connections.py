@@ -96,7 +96,7 @@ class Connections:
         if not count or connection.phase is not Phase.READING:
             self._paused.pop(connection, None)
 
-    def is_paused(self, connection: Connection) -> bool:
+    def pause_if_full(self, connection: Connection) -> bool:
         """Read no more from a connection that holds much while all hold too much; returns whether that is so."""
         if self._held_bytes <= MAX_HELD_BYTES or connection.held_bytes <= MIN_PAUSED_BYTES:
             return False

@@ -236,7 +236,7 @@ class Loop:
             else:
                 os.read(self._wake_fd, READ_BYTES)
         for connection, data in arrived:
-            try:
+            try:  # not by `_guarded`, nor below: a call more for each request
                 self._take(connection, data)
             except Exception:
                 self._failed(connection)
@@ -281,7 +281,7 @@ class Loop:
             if not self._send(connection, b"HTTP/1.1 100 Continue\r\n\r\n"):
                 return
         self._connections.hold(connection, connection.unfinished_bytes)
-        if not self._connections.is_paused(connection) and connection.has_ended:
+        if not self._connections.pause_if_full(connection) and connection.has_ended:
             self._client_ended(connection)
 
     def _dispatch(self, connection: Connection, exchange: Exchange) -> None:

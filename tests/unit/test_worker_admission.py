@@ -1,13 +1,13 @@
 """Admission by itself: what it lets in, refuses and gives up, by the service times it has seen."""
 
-from typing import Any, cast
+from typing import cast
 
 import pytest
 
 from inference_api.worker.admission import MAX_PATHS, Admission
-from inference_api.worker.connection import Connection
 from inference_api.worker.pool import Pool
 from inference_api.worker.wsgi import Exchange
+from tests.unit import exchanges
 
 TIMEOUT_SECONDS = 10.0
 MAX_PENDING = 5
@@ -56,8 +56,7 @@ class Queue:
 
 
 def exchange(path: str = "/predict", arrived: float = 0.0) -> Exchange:
-    environ: dict[str, Any] = {"REQUEST_METHOD": "POST", "PATH_INFO": path}
-    made = Exchange(cast(Connection, None), environ, b"", is_http11=True, keep_alive=True)
+    made = exchanges.exchange(path)
     made.arrived = arrived
     made.deadline = arrived + TIMEOUT_SECONDS
     return made

@@ -120,7 +120,7 @@ def test_beyond_the_bound_all_but_the_first_pause(opened: Opened) -> None:
     held = [opened.add(phase=Phase.READING) for _ in range(3)]
     for connection in held:
         opened.connections.hold(connection, MAX_HELD_BYTES // 2)
-    assert [opened.connections.is_paused(connection) for connection in held] == [True] * 3
+    assert [opened.connections.pause_if_full(connection) for connection in held] == [True] * 3
     assert [opened.is_read_from(connection) for connection in held] == [True, False, False]
     held[0].phase = Phase.RUNNING  # it is complete
     opened.connections.hold(held[0], MAX_HELD_BYTES // 2)
@@ -137,5 +137,5 @@ def test_who_holds_little_never_pauses(opened: Opened) -> None:
     large, small = opened.add(phase=Phase.READING), opened.add(phase=Phase.READING)
     opened.connections.hold(large, MAX_HELD_BYTES + 1)
     opened.connections.hold(small, MIN_PAUSED_BYTES)
-    assert not opened.connections.is_paused(small)
+    assert not opened.connections.pause_if_full(small)
     assert opened.is_read_from(small)

@@ -4,21 +4,13 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from typing import Any, cast
+from collections.abc import Iterator
 
 import pytest
 
-from inference_api.worker.connection import Connection
 from inference_api.worker.pool import Outbox, Pool
 from inference_api.worker.wsgi import Exchange
-
-LIMIT_SECONDS = 20
-
-
-def exchange(path: str = "/") -> Exchange:
-    environ: dict[str, Any] = {"REQUEST_METHOD": "POST", "PATH_INFO": path}
-    return Exchange(cast(Connection, None), environ, b"", is_http11=True, keep_alive=True)
+from tests.unit.exchanges import LIMIT_SECONDS, exchange, wait_for
 
 
 class Runs:
@@ -34,13 +26,6 @@ class Runs:
         self.started[exchange] += 1
         self.is_open.wait(LIMIT_SECONDS)
         self.ended.append(exchange)
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + LIMIT_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 @pytest.fixture

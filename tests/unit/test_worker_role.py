@@ -3,31 +3,17 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, cast
 
 import pytest
 
 from inference_api.worker import role
 from inference_api.worker.admission import Admission
-from inference_api.worker.connection import Connection
 from inference_api.worker.pool import Pool
 from inference_api.worker.role import Role
 from inference_api.worker.wsgi import Exchange
+from tests.unit.exchanges import LIMIT_SECONDS, exchange, wait_for
 
-LIMIT_SECONDS = 20
 QUICK, SLOW = "/quick", "/slow"
-
-
-def exchange(path: str) -> Exchange:
-    environ: dict[str, Any] = {"REQUEST_METHOD": "POST", "PATH_INFO": path}
-    return Exchange(cast(Connection, None), environ, b"", is_http11=True, keep_alive=True)
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + LIMIT_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 class Worker:
