@@ -15,7 +15,7 @@ from inference_api import errors, problems
 from inference_api.batching import Batcher, Direct, Gathering
 from inference_api.config import THREADS_BY_MODEL, Settings, read_settings
 from inference_api.docs import add_docs, openapi, require_get
-from inference_api.logs import progress, request_environ
+from inference_api.logs import progress, serving
 from inference_api.metrics import CONTENT_TYPE, Metrics, shared_metrics
 from inference_api.model import ModelError, find_model, prepare
 from inference_api.resources import Health, Prediction, Predictor
@@ -127,11 +127,11 @@ class Service:
         self._app: Callable[[dict[str, Any], StartResponse], Iterable[bytes]] = create_starting_app()
 
     def __call__(self, environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
-        request_environ.set(environ)  # its ids stand in every line logged meanwhile
+        serving.environ = environ
         try:
             return self._app(environ, start_response)
         finally:
-            request_environ.set(None)
+            serving.environ = None
 
     def load(self) -> None:
         """Load the models and serve them from now on; raises ModelError."""

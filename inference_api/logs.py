@@ -14,7 +14,6 @@ import time
 from collections import deque
 from collections.abc import Iterable
 from contextlib import contextmanager
-from contextvars import ContextVar
 from datetime import timedelta
 from json.encoder import encode_basestring_ascii as quoted
 from typing import Any
@@ -31,6 +30,7 @@ MAX_QUEUED_LINES = 16_384
 MAX_PATH_CHARACTERS = 512
 MAX_METHOD_CHARACTERS = 32
 SHORT_TEXT_CHARACTERS = 64
+MEMO_TEXTS = 128
 GATHER_SECONDS = 0.01
 FLUSH_SECONDS = 1.0
 PROGRESS_SECONDS = 5.0
@@ -39,8 +39,13 @@ _STANDARD_ATTRIBUTES = frozenset(vars(logging.makeLogRecord({}))) | {"message", 
 _TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?")
 _VERSION_00_CHARACTERS = 55
 
-request_environ: ContextVar[dict[str, Any] | None] = ContextVar("request_environ", default=None)
-"""The WSGI environ of the request being served: every line logged meanwhile gets its request and trace ids."""
+
+class _Serving(threading.local):
+    environ: dict[str, Any] | None = None
+
+
+serving = _Serving()
+"""Its `environ` is the WSGI environ of the request that this thread serves, whose ids stand in every line it logs."""
 
 
 def trace_id(traceparent: str | None) -> str | None:
@@ -74,18 +79,25 @@ def access_line(
     trace: str | None,
 ) -> bytes:
     """One request's access line; what is None is left out. By hand: an encoder costs half as much as the request."""
-    request = f',"request_id":"{request_id}"' if request_id is not None else ""
+    which = f',"request_id":"{request_id}"' if request_id is not None else ""
     if method is not None and path is not None:
-        request += f',"method":"{method[:MAX_METHOD_CHARACTERS]}","path":{quoted(path[:MAX_PATH_CHARACTERS])}'
-    more = f',"queue_ms":{wait_seconds * 1e3:.3f}' if wait_seconds is not None else ""
-    if model is not None:
-        more += f',"model":{quoted(model)}'
-    if trace is not None:
-        more += f',"trace_id":"{trace}"'
+        which += _where(method[:MAX_METHOD_CHARACTERS], path[:MAX_PATH_CHARACTERS])
+    wait = f',"queue_ms":{wait_seconds * 1e3:.3f}' if wait_seconds is not None else ""
+    trace = f',"trace_id":"{trace}"' if trace is not None else ""
     return (
-        f'{{"time":"{stamp}","level":"INFO","logger":"inference_api.access","message":"request"{request}'
-        f',"status":{status},"duration_ms":{duration_seconds * 1e3:.3f}{more}}}\n'
+        f'{{"time":"{stamp}","level":"INFO","logger":"inference_api.access","message":"request"{which}'
+        f',"status":{status},"duration_ms":{duration_seconds * 1e3:.3f}{wait}{_by(model)}{trace}}}\n'
     ).encode("ascii")
+
+
+@functools.lru_cache(MEMO_TEXTS)
+def _where(method: str, path: str) -> str:
+    return f',"method":"{method}","path":{quoted(path)}'
+
+
+@functools.lru_cache(MEMO_TEXTS)
+def _by(model: str | None) -> str:
+    return f',"model":{quoted(model)}' if model is not None else ""
 
 
 def json_line(fields: dict[str, Any]) -> bytes:
@@ -129,7 +141,7 @@ class JSONFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        if (environ := request_environ.get()) is not None:
+        if (environ := serving.environ) is not None:
             fields["request_id"] = problems.request_id(environ)
             if trace := trace_id(environ.get("HTTP_TRACEPARENT")):
                 fields["trace_id"] = trace

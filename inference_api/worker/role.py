@@ -112,10 +112,13 @@ class Role:
         self._place = self._pool.reserve() if self._has_quick() else None
         if self._place is not None:
             ends = time.monotonic() + TURN_SECONDS
-            while self._is_quick_next() and self._last_quick < ends:
+            while jobs and self._last_quick < ends:
                 try:
                     exchange = jobs.popleft()
                 except IndexError:  # an application thread has taken it
+                    break
+                if not self._admission.is_quick(exchange):
+                    jobs.appendleft(exchange)
                     break
                 self._last_quick = exchange.started = time.monotonic()
                 self._quick = exchange

@@ -21,6 +21,7 @@ SERVER = "inference-api"
 MAX_STREAM_BYTES = 1_048_576
 """Bytes of a streamed answer that may wait for the client before the application is made to wait."""
 STREAM_CHECK_SECONDS = 1.0
+MEMO_STATUSES = 32
 FAILED = "The service failed."
 
 ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None]
@@ -144,10 +145,10 @@ class Exchange:
                     raise ValueError(f"the header field is not the application's to send: {name!r}")
                 if known in _SERVERS_OWN:
                     self._headers = [field for field in headers if field[0].lower() not in _SERVERS_OWN]
-            if not (value.isascii() and value.isprintable()) and not _FIELD_VALUE.fullmatch(value):
+            if not (value.isprintable() and value.isascii()) and not _FIELD_VALUE.fullmatch(value):
                 raise ValueError(f"the value of the header field {name} is not valid")
             if known == "content-length":
-                if self._left is not None or not (value.isascii() and value.isdigit()):
+                if self._left is not None or not (value.isdigit() and value.isascii()):
                     raise ValueError("the Content-Length is not valid")
                 self._left = int(value)
             elif known == "x-model":
@@ -224,7 +225,7 @@ class Exchange:
         if status is None:
             raise AssertionError("the application did not call start_response() before its first piece of body")
         self._is_bodiless = self.method == "HEAD" or self.status in _BODILESS
-        if self.status == 204 and self._left is not None:  # RFC 9110 §8.6
+        if self._is_bodiless and self.status == 204 and self._left is not None:  # RFC 9110 §8.6
             self._headers = [field for field in self._headers if field[0].lower() != "content-length"]
         if self._server.closing:
             self.keep_alive = False
@@ -245,28 +246,9 @@ class Exchange:
                 raise GoneError
 
 
-class DateFields:
-    """The Server and Date fields, made once a second (RFC 9110 §6.6.1)."""
-
-    def __init__(self) -> None:
-        self._second = -1
-        self._fields = ""
-
-    def __call__(self) -> str:
-        second = int(time.time())
-        if second != self._second:
-            date = formatdate(second, usegmt=True)  # not strftime: a model may change the locale
-            self._fields = f"Server: {SERVER}\r\nDate: {date}"
-            self._second = second
-        return self._fields
-
-
-date_fields = DateFields()
-
-
 def head(status: str, headers: Headers, exchange: Exchange) -> bytes:
     """The status line and fields of an answer, up to and with the empty line."""
-    lines = [f"HTTP/1.1 {status}", date_fields(), *map(": ".join, headers)]
+    lines = [_first_lines(status, int(time.time())), *map(": ".join, headers)]
     if not exchange.keep_alive:
         lines.append("Connection: close")
     elif not exchange.is_http11:
@@ -288,7 +270,14 @@ def problem_answer(exchange: Exchange, status: int, detail: str, more: Headers |
     return head(f"{status} {problems.title(status)}", headers, exchange) + (b"" if exchange.method == "HEAD" else body)
 
 
-@functools.lru_cache
+@functools.lru_cache(MEMO_STATUSES)
+def _first_lines(status: str, second: int) -> str:
+    """The status line, and the Server and Date fields of this second since the epoch (RFC 9110 §6.6.1, §10.2.4)."""
+    date = formatdate(second, usegmt=True)  # not strftime: a model may change the locale
+    return f"HTTP/1.1 {status}\r\nServer: {SERVER}\r\nDate: {date}"
+
+
+@functools.lru_cache(MEMO_STATUSES)
 def _code(status: str) -> int:
     if not _STATUS.fullmatch(status):
         raise ValueError(f"the status is not valid: {status!r}")
