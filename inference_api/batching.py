@@ -1,11 +1,11 @@
 """From the concurrent calls of many threads to the calls of one model: one input at a time, or in batches."""
 
 import logging
+import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence, Set
-from itertools import pairwise
 from typing import Any, Protocol
 
 from inference_api.model import AbandonedError, InferenceError, UnfitInputError
@@ -99,58 +99,77 @@ class Gathering:
         self._seconds = self._ended - started
 
 
-class _Call:
-    """One thread's call: its inputs, and its wait for their outputs."""
+class Call:
+    """What one request asks of a model that batches: its inputs, and in time their outputs."""
 
-    __slots__ = ("_next", "_woken", "caller", "failure", "inputs", "is_leader", "left", "outputs")
+    __slots__ = ("_failure", "_left", "_outputs", "_submit", "_tell", "caller", "inputs")
 
-    def __init__(self, inputs: Sequence[Any], caller: Caller) -> None:
+    def __init__(self, inputs: Sequence[Any], caller: Caller, submit: "Callable[[Call], None]") -> None:
         self.inputs = inputs
         self.caller = caller
-        self.outputs: list[Any] = [None] * len(inputs)
-        self.left = len(inputs)  # inputs that an output is still to come for
-        self.failure: Exception | None = None
-        self.is_leader = False
-        self._next: _Call | None = None
-        self._woken = threading.Lock()
-        self._woken.acquire()
+        self._submit: Callable[[Call], None] | None = submit
+        self._outputs: list[Any] = [None] * len(inputs)
+        self._left = len(inputs)  # inputs that an output is still to come for
+        self._failure: Exception | None = None
+        self._tell: Callable[[], None] | None = None
+
+    def begin(self, tell: Callable[[], None]) -> None:
+        """Have the model called; `tell` is called, in another thread, once there is a result."""
+        self._tell = tell
+        submit, self._submit = self._submit, None
+        if submit is not None:
+            self.caller.is_waiting = True
+            try:
+                submit(self)
+            except RuntimeError as exc:  # no more threads can be started
+                self.fail(InferenceError(str(exc)))
+                self.settle()
+
+    def result(self) -> list[Any]:
+        """One output for each input, in order; to be called once. Where the call has not begun, this waits for it.
+
+        Raises UnfitInputError, InferenceError or AbandonedError.
+        """
+        if self._submit is not None:
+            settled = threading.Lock()
+            settled.acquire()
+            self.begin(settled.release)
+            settled.acquire()
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            try:
+                raise failure
+            finally:
+                del failure  # which refers to this frame: referring to each other, both would live on, with the request
+        return self._outputs
+
+    # What follows is for the batcher.
 
     @property
-    def is_settled(self) -> bool:
-        return not self.left
+    def is_done(self) -> bool:
+        """Whether nothing has to be predicted for it any more."""
+        return not self._left
+
+    def put(self, index: int, output: Any) -> None:
+        self._outputs[index] = output
+        self._left -= 1
 
     def fail(self, failure: Exception) -> None:
         """The first input that fails fails the others of its array, too."""
-        self.failure = failure
-        self.left = 0
+        self._failure = failure
+        self._left = 0
 
-    def put(self, index: int, output: Any) -> None:
-        self.outputs[index] = output
-        self.left -= 1
-
-    def wait(self) -> None:
-        """Until it is settled or leads."""
-        self._woken.acquire()
-        if self._next is not None:
-            self._next.wake()
-
-    def wake(self) -> None:
-        self._woken.release()
-
-    @staticmethod
-    def wake_all(calls: Sequence["_Call"]) -> None:
-        """Wake one, which wakes the next: of many threads woken at once, all would compete for the interpreter."""
-        for call, following in pairwise(calls):
-            call._next = following
-        if calls:
-            calls[0].wake()
+    def settle(self) -> None:
+        """Let whoever waits go on."""
+        tell, self._tell = self._tell, None  # which may refer to what refers to this call
+        if tell is not None:
+            tell()
 
 
 class Batcher:
     """Makes concurrent calls cost a model as little as one: what has come while a batch ran is the next batch.
 
-    It has no thread of its own. The first thread that calls leads: it runs batches, its own inputs and the others',
-    until it has its outputs, and then leaves the lead to a thread that waits. The model runs in one thread at a time.
+    The model is called in a thread of the batcher's own, which starts with the first call, so after a fork.
     """
 
     def __init__(
@@ -165,95 +184,85 @@ class Batcher:
         self._gathering = gathering
         self._observe = observe
         self._lock = threading.Lock()  # holds for what follows
-        self._waiting: deque[tuple[_Call, int]] = deque()  # inputs by their call and their place in it
-        self._has_leader = False
-        self._enough = 0  # how many inputs the leader waits for; 0 where it does not
+        self._waiting: deque[tuple[Call, int]] = deque()  # inputs by their call and their place in it
+        self._has_thread = False
+        self._enough = 0  # how many inputs the thread waits for; 0 where it does not
         self._gathered = threading.Event()
+
+    def call(self, inputs: Sequence[Any], caller: Caller) -> Call:
+        """A call that is yet to begin; `inputs` has at least one."""
+        return Call(inputs, caller, self._submit)
 
     def predict(self, inputs: Sequence[Any], caller: Caller) -> list[Any]:
         """One output for each input, in order; raises UnfitInputError, InferenceError or AbandonedError."""
-        if not inputs:
-            return []
-        call = _Call(inputs, caller)
-        caller.is_waiting = True
+        return self.call(inputs, caller).result() if inputs else []
+
+    def _submit(self, call: Call) -> None:
         with self._lock:
-            self._waiting.extend([(call, index) for index in range(len(inputs))])
-            if not self._has_leader:
-                self._has_leader = call.is_leader = True
-            elif 0 < self._enough <= len(self._waiting):
+            if not self._has_thread:
+                threading.Thread(target=self._serve, name="batcher", daemon=True).start()
+                self._has_thread = True
+            self._waiting.extend([(call, index) for index in range(len(call.inputs))])
+            if 0 < self._enough <= len(self._waiting):
                 self._enough = 0
                 self._gathered.set()
-        if not call.is_leader:
-            call.wait()
-        if call.is_leader:
-            self._lead(call)
-        failure, call.failure = call.failure, None
-        if failure is not None:
-            try:
-                raise failure
-            finally:
-                del failure  # which refers to this frame: referring to each other, both would live on, with the request
-        return call.outputs
 
-    def _lead(self, own: _Call) -> None:
-        gathering = self._gathering
-        try:
-            while not own.is_settled:
-                self._gather()
-                batch, gone = self._take()
-                if batch:
-                    started = gathering.clock()
-                    self._run(batch)
-                    gathering.ran(len(batch), len(self._waiting), started)
-                settled = gone + [call for call in dict.fromkeys(call for call, _ in batch) if call.is_settled]
-                _Call.wake_all([call for call in settled if call is not own])
-        finally:
-            self._leave_lead()
+    def _serve(self) -> None:
+        while True:
+            self._gather()
+            self._work()
 
     def _gather(self) -> None:
+        """Wait until a batch should begin."""
+        if not self._waiting:
+            self._wait(1, None)
+        before = len(self._waiting)
+        enough, seconds = self._gathering.plan(before)
+        if seconds:
+            self._wait(enough, seconds)
+            self._gathering.waited(enough - before, len(self._waiting) - before)
+
+    def _wait(self, enough: int, seconds: float | None) -> None:
         with self._lock:
-            before = len(self._waiting)
-            enough, seconds = self._gathering.plan(before)
-            if not seconds:
+            if len(self._waiting) >= enough:
                 return
             self._enough = enough
             self._gathered.clear()
         self._gathered.wait(seconds)
         with self._lock:
             self._enough = 0
-            came = len(self._waiting) - before
-        self._gathering.waited(enough - before, came)
 
-    def _take(self) -> tuple[list[tuple[_Call, int]], list[_Call]]:
+    def _work(self) -> None:
+        """Run a batch, and settle those that it was the last one for."""
+        batch, gone = self._take()
+        if batch:
+            started, pid = self._gathering.clock(), os.getpid()
+            self._run(batch)
+            if os.getpid() != pid:  # the model has forked: the child must not answer for its parent
+                os._exit(0)
+            self._gathering.ran(len(batch), len(self._waiting), started)
+        for call in [*gone, *dict.fromkeys(call for call, _ in batch if call.is_done)]:
+            call.settle()
+
+    def _take(self) -> tuple[list[tuple[Call, int]], list[Call]]:
         """The next batch, and the calls that nobody waits for any more."""
-        batch: list[tuple[_Call, int]] = []
-        gone: list[_Call] = []
-        last: _Call | None = None
+        batch: list[tuple[Call, int]] = []
+        gone: list[Call] = []
+        last: Call | None = None
         with self._lock:
             while self._waiting and len(batch) < self._gathering.max_batch_size:
                 call, index = self._waiting.popleft()
-                if call is not last and not call.is_settled:
+                if call is not last and not call.is_done:
                     call.caller.is_waiting = False
                     if call.caller.abandoned:
                         call.fail(AbandonedError())
                         gone.append(call)
                 last = call
-                if not call.is_settled:
+                if not call.is_done:
                     batch.append((call, index))
         return batch, gone
 
-    def _leave_lead(self) -> None:
-        with self._lock:
-            while self._waiting and self._waiting[0][0].is_settled:
-                self._waiting.popleft()
-            if self._waiting:
-                leader = self._waiting[0][0]
-                leader.is_leader = True
-                leader.wake()
-            else:
-                self._has_leader = False
-
-    def _run(self, batch: list[tuple[_Call, int]]) -> None:
+    def _run(self, batch: list[tuple[Call, int]]) -> None:
         """Predict a batch; where that fails, one by one, so that an answer never depends on who else was there."""
         self._observe(len(batch))
         try:
@@ -274,8 +283,8 @@ class Batcher:
             for (call, index), output in zip(batch, outputs, strict=True):
                 call.put(index, output)
 
-    def _run_alone(self, call: _Call, index: int) -> None:
-        if call.is_settled:
+    def _run_alone(self, call: Call, index: int) -> None:
+        if call.is_done:
             return
         try:
             call.put(index, _predict_one(self._predict, call.inputs[index], index, call.caller))

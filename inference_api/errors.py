@@ -1,6 +1,7 @@
 """The one place where exceptions become answers: problem details, and a log line for what is the server's fault."""
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import falcon
@@ -77,12 +78,23 @@ def _unexpected(req: falcon.Request, resp: falcon.Response, exc: Exception, _par
     answer(req, resp, 500, INTERNAL)
 
 
+_HANDLERS: dict[type[Exception], Callable[[falcon.Request, falcon.Response, Any, Any], None]] = {
+    Exception: _unexpected,
+    falcon.HTTPError: _http_error,
+    MalformedError: _malformed,
+    ShapeError: _shape,
+    UnfitInputError: _unfit,
+    InferenceError: _inference,
+    AbandonedError: _abandoned,
+}
+
+
 def add_error_handlers(app: "falcon.App[Any, Any]") -> None:
     """Give every exception that can leave a resource its answer."""
-    app.add_error_handler(Exception, _unexpected)
-    app.add_error_handler(falcon.HTTPError, _http_error)
-    app.add_error_handler(MalformedError, _malformed)
-    app.add_error_handler(ShapeError, _shape)
-    app.add_error_handler(UnfitInputError, _unfit)
-    app.add_error_handler(InferenceError, _inference)
-    app.add_error_handler(AbandonedError, _abandoned)
+    for exception, handler in _HANDLERS.items():
+        app.add_error_handler(exception, handler)
+
+
+def handle(req: falcon.Request, resp: falcon.Response, exc: Exception) -> None:
+    """Make `resp` the answer to an exception that comes after the resource has been left."""
+    _HANDLERS[next(cls for cls in type(exc).__mro__ if cls in _HANDLERS)](req, resp, exc, {})

@@ -2,13 +2,15 @@
 
 import hmac
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, Protocol
 
 import falcon
 
-from inference_api.batching import Caller
+from inference_api import errors
+from inference_api.batching import Batcher, Call, Caller
+from inference_api.logs import serving
 from inference_api.schema import Schema
 
 UNAUTHORIZED = "A valid key is needed: Authorization: Bearer …, or X-API-Key."
@@ -56,6 +58,46 @@ class Health:
     on_head_live = on_get_live
 
 
+class Later:
+    """The body of an answer that is still to come, as a WSGI iterable of one item (PEP 3333).
+
+    To iterate over it waits for the call. A server that would rather not keep a thread waiting calls `when_ready`
+    before, and iterates once it is told to.
+    """
+
+    def __init__(
+        self, req: falcon.Request, resp: falcon.Response, call: Call, encode: Callable[[list[Any]], bytes]
+    ) -> None:
+        self._req = req
+        self._resp = resp
+        self._call = call
+        self._encode = encode
+        self._start_response = req.env["inference_api.caller"].start_response
+
+    def when_ready(self, tell: Callable[[], None]) -> None:
+        """Begin the call; `tell` is called, in another thread, once it has ended."""
+        self._call.begin(tell)
+
+    def __len__(self) -> int:
+        return 1
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield self._body()
+
+    def _body(self) -> bytes:
+        req, resp = self._req, self._resp
+        serving.environ = req.env
+        try:
+            return self._encode(self._call.result())
+        except Exception as exc:
+            errors.handle(req, resp, exc)
+            # Nothing has been sent, so that PEP 3333 allows another status and other fields instead of a success's.
+            self._start_response(resp.status, [*resp.headers.items()], sys.exc_info())
+            return resp.data or b""
+        finally:
+            serving.environ = None
+
+
 class Prediction:
     """One model's predictions: one input, or an array of them, as JSON."""
 
@@ -88,9 +130,17 @@ class Prediction:
         if is_array:
             req.context["is_array"] = True
         echoes = schema.encode_inputs(inputs)
-        outputs = self._predictor.predict(inputs, environ.get("inference_api.caller", _CALLER))
-        resp.data = schema.encode_answer(echoes, outputs, is_array)
-        self._predicted(schema.path, len(inputs))
+        caller = environ.get("inference_api.caller", _CALLER)
+        if caller is not _CALLER and inputs and isinstance(self._predictor, Batcher):
+            call = self._predictor.call(inputs, caller)
+            resp.stream = Later(req, resp, call, lambda outputs: self._answer(echoes, outputs, is_array))
+        else:
+            resp.data = self._answer(echoes, self._predictor.predict(inputs, caller), is_array)
+
+    def _answer(self, echoes: Sequence[bytes], outputs: Sequence[Any], is_array: bool) -> bytes:
+        body = self._schema.encode_answer(echoes, outputs, is_array)
+        self._predicted(self._schema.path, len(outputs))
+        return body
 
     def _authorize(self, environ: dict[str, Any]) -> None:
         given = environ.get("HTTP_X_API_KEY", "")

@@ -30,7 +30,7 @@ class Admission:
         self._backlog_seconds = 0.0
         self._service_seconds: dict[str, float] = {}
         self._guessed: set[str] = set()  # paths of which no request has ended yet: it takes at least that long
-        self._gathering: set[str] = set()  # paths whose requests wait for each other, to be run together
+        self._busy_seconds: dict[str, float] = {}  # where requests wait for a batch: the rest of their service time
 
     def enter(self, exchange: Exchange) -> str | None:
         """Let a request in, or say why not: "stuck", "pending" or "deadline".
@@ -56,12 +56,11 @@ class Admission:
         self._backlog_seconds += cost
 
     def is_quick(self, exchange: Exchange) -> bool:
-        """Whether a request is known to take next to no time, and to wait for nothing."""
-        path = exchange.path
-        if not exchange.cost or path in self._gathering:
-            return False
+        """Whether a request is known to keep a thread busy for next to no time."""
         # By what is known now: of many that wait when the first turns out not to be quick, none is taken for it.
-        return self._service_seconds[path] < QUICK_SECONDS
+        path = exchange.path
+        seconds = self._busy_seconds.get(path)
+        return (self._service_seconds.get(path, QUICK_SECONDS) if seconds is None else seconds) < QUICK_SECONDS
 
     def leave(self, exchange: Exchange) -> None:
         """A request is no longer among the work to be done; to say so again changes nothing."""
@@ -77,8 +76,16 @@ class Admission:
         elif known is not None or len(self._service_seconds) < MAX_PATHS:
             self._service_seconds[path] = seconds
             self._guessed.discard(path)
-        if exchange.is_waiting is not None and path in self._service_seconds:
-            self._gathering.add(path)
+        if exchange.waited_seconds or path in self._busy_seconds:
+            self._observe_busy(exchange, seconds - exchange.waited_seconds, weight)
+
+    def _observe_busy(self, exchange: Exchange, seconds: float, weight: float) -> None:
+        path = exchange.path
+        if exchange.waited_seconds and exchange.place is None:
+            seconds = 0.0  # as far as is known: a thread of the pool also waits for the interpreter, with many others
+        known = self._busy_seconds.get(path, seconds)
+        if path in self._service_seconds:  # which bounds how many there are
+            self._busy_seconds[path] = known + weight * (seconds - known)
 
     def hopeless(self, exchanges: Iterable[Exchange], now: float) -> list[Exchange]:
         """Those of the requests let in that, by what has been learnt since, cannot be answered in time."""

@@ -91,7 +91,7 @@ class Loop:
         max_waiting = settings.max_connections - settings.max_connections // RESERVED_PART
         self._admission = Admission(self._pool, min(settings.max_pending, max_waiting), settings.request_timeout)
         self._orphans: set[Exchange] = set()  # that threads run although their clients have left
-        self._role = Role(self, self._pool, self._admission, self._run)
+        self._role = Role(self, self._pool, self._outbox.resumed, self._admission, self._run)
         self._lifecycle = Lifecycle(settings, max_requests, self._listener, self._outbox, is_shutdown)
         self._has_forked = False
         self._requests = 0
@@ -104,7 +104,7 @@ class Loop:
         late_seconds = exchange.started - exchange.arrived
         # One that has waited too long to be finished in time is not started.
         if exchange.abandoned or (late_seconds > LATE_SECONDS and exchange.started + exchange.cost > exchange.deadline):
-            self._outbox.deliver(exchange, None, True)
+            exchange.drop(self._outbox)
         else:
             exchange.run(self._application, environ, self._outbox)
         if self._has_forked:  # in the model: the child must not serve its parent's connections
@@ -133,7 +133,7 @@ class Loop:
         """Read what has come, submit the requests that are complete, and accept; returns the time of the turn."""
         outbox = self._outbox
         outbox.is_asleep = True
-        is_due = outbox.pieces or self._ready or self._lifecycle.stop_requested or not may_wait
+        is_due = outbox.pieces or outbox.resumed or self._ready or self._lifecycle.stop_requested or not may_wait
         events = self._selector.select(0.0 if is_due else max(0.0, self._next_tick - time.monotonic()))
         outbox.is_asleep = False
         self._now = time.monotonic()

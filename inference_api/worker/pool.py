@@ -16,6 +16,7 @@ class Outbox:
     def __init__(self, wake_fd: int) -> None:
         self.closing = False  # answers say `Connection: close`
         self.pieces: deque[tuple[Exchange, bytes | None, bool]] = deque()
+        self.resumed: deque[Exchange] = deque()  # that were deferred, and are to be run again
         self.is_asleep = False  # the I/O thread, in its selector
         self._wake_fd = wake_fd
 
@@ -24,6 +25,13 @@ class Outbox:
         if is_last:
             exchange.ended = time.monotonic()
         self.pieces.append((exchange, data, is_last))
+        if self.is_asleep:
+            self.is_asleep = False
+            self.wake()
+
+    def resume(self, exchange: Exchange) -> None:
+        """Have the I/O thread run an exchange again; from any thread."""
+        self.resumed.append(exchange)
         if self.is_asleep:
             self.is_asleep = False
             self.wake()
@@ -92,10 +100,11 @@ class Pool:
         """The place that was reserved is the thread's again."""
         self._idle.append(place)
 
-    def replace(self, place: threading.Lock) -> None:
-        """End a thread: another one is about to `serve` in the place that was reserved."""
+    def replace(self, place: "threading.Lock | None") -> None:
+        """End a thread, the one whose place was reserved if there is one: another is about to `serve`."""
         self._exits.append(None)
-        place.release()
+        if place is not None:
+            place.release()
 
     def take_back(self, exchange: Exchange) -> None:
         """A thread is done with a request."""

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
@@ -38,15 +39,22 @@ class Role:
     one that is busy with it becomes a thread of the pool, in the place of one that is idle.
     """
 
-    def __init__(self, duties: Duties, pool: Pool, admission: Admission, run: Callable[[Exchange], None]) -> None:
+    def __init__(
+        self,
+        duties: Duties,
+        pool: Pool,
+        resumed: "deque[Exchange]",
+        admission: Admission,
+        run: Callable[[Exchange], None],
+    ) -> None:
         self._duties = duties
+        self._resumed = resumed
         self._pool = pool
         self._admission = admission
         self._run = run
         self._lock = threading.Lock()  # held by the thread that has the role, but while it runs `_quick`
         self._quick: Exchange | None = None
-        self._place: threading.Lock | None = None  # in the pool, of the thread that runs `_quick`
-        self._last_quick = 0.0  # when there was a request that is quick
+        self._last_quick = 0.0  # when the last request that is quick began
         self._is_watched = False
         self._over = threading.Event()
         self._failure: BaseException | None = None
@@ -61,7 +69,7 @@ class Role:
         while not self._over.wait(TAKE_OVER_SECONDS if self._is_watched else WATCH_SECONDS):
             now, quick = time.monotonic(), self._quick
             self._is_watched = now - self._last_quick < LULL_SECONDS
-            if quick and now - quick.started > TAKE_OVER_SECONDS and self._lock.acquire(blocking=False):
+            if quick and now - self._last_quick > TAKE_OVER_SECONDS and self._lock.acquire(blocking=False):
                 self._start()
         if self._failure is not None:
             raise self._failure
@@ -89,48 +97,66 @@ class Role:
             if not has_quick:
                 self._pool.wake()  # also for what this thread has left to itself, and what is not quick any more
             now = self._duties.receive(may_wait=not has_quick)
-            if self._pool.jobs and not self._work(now):
+            if (self._pool.jobs or self._resumed) and not self._work(now):
                 return False
             self._duties.respond()
         return True
 
     def _take_over(self, slow: Exchange) -> None:
         """Go on where the thread that had the role before is busy."""
-        seconds = time.monotonic() - slow.started
+        seconds = time.monotonic() - self._last_quick
         if seconds > TAKE_OVER_SECONDS:  # it may be that the one which was found slow has ended, and this one begun
             self._admission.observe(slow, seconds, weight=1.0)
         self._quick = None
-        if self._place is not None:
-            self._pool.replace(self._place)
+        self._pool.replace(slow.place)
+        slow.place = None
 
     def _work(self, now: float) -> bool:
         """Let what has been submitted be run; returns whether this thread still has the role."""
-        jobs = self._pool.jobs
         if not self._is_watched and self._is_quick_next():
             self._last_quick = now
-        # Each place is one of THREADS: without one, this would be a prediction more at once than that.
-        self._place = self._pool.reserve() if self._has_quick() else None
-        if self._place is not None:
-            ends = time.monotonic() + TURN_SECONDS
-            while jobs and self._last_quick < ends:
+        pool, resumed, run = self._pool, self._resumed, self._run
+        ends = time.monotonic() + TURN_SECONDS
+        deferred: list[Exchange] = []
+        place: threading.Lock | None = None
+        has_role = True
+        while has_role and self._last_quick < ends:
+            if resumed:
+                if place is not None:
+                    pool.free(place)
+                exchange = resumed.popleft()
+                place = exchange.place
+                self._last_quick = time.monotonic()
+            else:
+                # Each place is one of THREADS: without one, this would be a prediction more at once than that.
+                if place is None and (not self._is_watched or (place := pool.reserve()) is None):
+                    break
                 try:
-                    exchange = jobs.popleft()
-                except IndexError:  # an application thread has taken it
+                    exchange = pool.jobs.popleft()
+                except IndexError:  # an application thread may have taken it
                     break
                 if not self._admission.is_quick(exchange):
-                    jobs.appendleft(exchange)
+                    pool.jobs.appendleft(exchange)
                     break
+                exchange.place = place
                 self._last_quick = exchange.started = time.monotonic()
-                self._quick = exchange
-                self._lock.release()
-                self._run(exchange)
-                if not self._lock.acquire(blocking=False):
-                    return False
+            self._quick = exchange
+            self._lock.release()
+            run(exchange)
+            has_role = self._lock.acquire(blocking=False)  # else it has been taken over, and the place with it
+            if exchange.later is not None:
+                deferred.append(exchange)
+                place = None
+            if has_role:
                 self._quick = None
-            self._pool.free(self._place)
-        if not self._has_quick():
-            self._pool.wake()
-        return True
+        for exchange in deferred:  # all at once, so that they are likely to be in the same batch
+            exchange.begin()
+        if has_role:
+            if place is not None:
+                pool.free(place)
+            if not self._has_quick():
+                pool.wake()
+        return has_role
 
     def _is_quick_next(self) -> bool:
         try:

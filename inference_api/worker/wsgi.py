@@ -6,10 +6,10 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sized
 from email.utils import formatdate
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 from wsgiref.util import is_hop_by_hop
 
 from inference_api import problems
@@ -50,6 +50,18 @@ class Server(Protocol):
     def deliver(self, exchange: "Exchange", data: bytes | None, is_last: bool) -> None:
         """Hand a piece of an answer to the I/O thread; None: the answer cannot be completed, cut it off."""
 
+    def resume(self, exchange: "Exchange") -> None:
+        """Have an exchange run on that is deferred."""
+
+
+class Later(Protocol):
+    """What an application may return rather than make a thread wait: an iterable whose items are still to come."""
+
+    def when_ready(self, tell: Callable[[], None]) -> None:
+        """Have them made; `tell` is called, in any thread, once to iterate no longer waits. Never raises."""
+
+    def __iter__(self) -> Iterator[bytes]: ...
+
 
 class Exchange:
     """One request and its answer, checked (PEP 3333) and framed (RFC 9112 §6).
@@ -59,10 +71,10 @@ class Exchange:
     """
 
     __slots__ = (
-        "_headers", "_is_bodiless", "_is_chunked", "_left", "_server", "_status_line", "abandoned", "arrived",
-        "body_bytes", "connection", "cost", "deadline", "ended", "environ", "is_begun", "is_done", "is_get",
-        "is_http11", "is_waiting", "keep_alive", "method", "model", "path", "produced_bytes", "request_id", "room",
-        "sent_bytes", "started", "status", "traceparent",
+        "_deferred", "_headers", "_is_bodiless", "_is_chunked", "_left", "_server", "_status_line", "abandoned",
+        "arrived", "body_bytes", "connection", "cost", "deadline", "ended", "environ", "is_begun", "is_done", "is_get",
+        "is_http11", "is_waiting", "keep_alive", "later", "method", "model", "path", "place", "produced_bytes",
+        "request_id", "room", "sent_bytes", "started", "status", "traceparent", "waited_seconds",
     )  # fmt: skip
 
     def __init__(
@@ -78,16 +90,18 @@ class Exchange:
         self.is_http11 = is_http11
         self.keep_alive = keep_alive
         self.is_get = False  # GET and HEAD: run by a thread of their own
-        self.is_waiting: bool | None = None  # for a batch to begin, see batching.py; None: its model does not batch
+        self.is_waiting = False  # for a batch to begin, see batching.py
+        self.place: threading.Lock | None = None  # reserved in the pool, for one that the I/O thread runs
         self.abandoned = False
         self.is_begun = False  # a piece of the answer has been handed to the I/O thread
         self.is_done = False  # the last piece has
         self.status = 0
         self.model: str | None = None
-        self.arrived = self.deadline = self.started = self.ended = self.cost = 0.0
+        self.arrived = self.deadline = self.started = self.ended = self.cost = self.waited_seconds = 0.0
         self.produced_bytes = self.sent_bytes = 0
         self.room: threading.Event | None = None
         self._status_line: str | None = None
+        self.later: Later | None = None  # the answer, where it is yet to come
         self._is_chunked = False
         self._left: int | None = None  # bytes of the declared length that have not come yet
         environ["wsgi.input"] = io.BytesIO(body)
@@ -99,21 +113,50 @@ class Exchange:
         return {"request_id": self.request_id, "method": self.method, "path": self.path}
 
     def run(self, application: Application, environ: dict[str, Any], server: Server) -> None:
-        """Call the application and send what it gives; its close() is always called. Never raises."""
+        """Call the application and send what it gives; its close() is always called. Never raises.
+
+        Where the answer is to come `later`, and the I/O thread runs this, it returns before: `begin` then has the
+        answer made, and this is to be called again to send it.
+        """
         self._server = server
         try:
-            result = application(environ, self.start_response)
-            try:
+            result = application(environ, self.start_response) if self.later is None else self.later
+            if type(result) is list:  # nearly always; it has no close()
                 self._finish(result)
-            finally:
-                close = getattr(result, "close", None)
-                if close is not None:
-                    close()
+            elif not self._is_deferred(result):
+                try:
+                    self._finish(result)
+                finally:
+                    self._close(result)
         except GoneError:
             self._give_up()
         except BaseException:
             log.exception("the application failed", extra=self.log_fields)
             self._give_up()
+
+    def _is_deferred(self, result: Iterable[bytes]) -> bool:
+        if self.later is not None or not hasattr(result, "when_ready"):
+            return False
+        self.later = cast(Later, result)
+        self._deferred = time.monotonic()
+        return self.place is not None
+
+    def begin(self) -> None:
+        """Have made what is to come later; the server is told to `resume` once it is there."""
+        if self.later is not None:
+            self.later.when_ready(lambda: self._server.resume(self))
+
+    def drop(self, server: Server) -> None:
+        """Instead of `run`: there will be no answer."""
+        if self.later is not None:
+            self._close(self.later)
+        server.deliver(self, None, True)
+
+    def _close(self, result: Iterable[bytes]) -> None:
+        self.later = None
+        close = getattr(result, "close", None)
+        if close is not None:
+            close()
 
     def start_response(self, status: str, headers: Headers, exc_info: ExcInfo | None = None) -> Callable[[bytes], None]:
         """PEP 3333's start_response; raises AssertionError or ValueError for what an application may not do."""
@@ -176,8 +219,11 @@ class Exchange:
 
     def _finish(self, result: Iterable[bytes]) -> None:
         """Send all of what the application returned."""
-        if type(result) is list and not self.is_begun:  # all of it is there
-            self._send_whole(b"".join(result))
+        if not self.is_begun and (type(result) is list or (isinstance(result, Sized) and len(result) == 1)):
+            body = b"".join(result)  # that is all of it
+            if self.later is not None:
+                self.waited_seconds = time.monotonic() - self._deferred
+            self._send_whole(body)
             return
         for data in result:
             self.write(data)

@@ -37,6 +37,8 @@ class Batching:
         if text == "abort":
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             os.abort()
+        if text == "fork":
+            os.fork()
         if text == "odd":
             print("printed by the model")
             locale.setlocale(locale.LC_ALL, "C")
@@ -340,6 +342,21 @@ def test_a_model_that_prints_forks_and_changes_the_locale_serves_on(service: Ser
     assert is_answer_to("even", answers[1])
     wait_for(lambda: "printed by the model" in service.stderr, WAIT_SECONDS)
     service.log()  # is whole
+
+
+def test_a_child_that_a_model_forks_serves_nobody(service: Service) -> None:
+    """Where a model forks within a batch and goes on in both, there is one answer, and the child ends."""
+    for _ in range(3):
+        assert is_answer_to("fork", service.post("/predict", {"text": "fork"}))
+    (worker,) = service.workers()
+
+    def has_no_live_child() -> bool:
+        children = Path(f"/proc/{worker}/task").glob("*/children")
+        pids = [pid for file in children for pid in file.read_text().split()]
+        return all(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z" for pid in pids)
+
+    wait_for(has_no_live_child, WAIT_SECONDS)
+    assert is_answer_to("next", service.post("/predict", {"text": "next"}))
 
 
 @pytest.mark.parametrize(

@@ -373,6 +373,7 @@ def test_empty_input(service: Service, framing: str, length: str | None) -> None
         ("list", ["Hel", "", "lo"], "content-length"),
         ("list", [], "content-length"),
         ("list", [""], "content-length"),
+        ("tuple", ["Hello"], "content-length"),
         ("tuple", ["Hel", "lo"], "transfer-encoding"),
         ("generator", ["Hel", "lo"], "transfer-encoding"),
         ("generator", ["", "Hello", ""], "transfer-encoding"),

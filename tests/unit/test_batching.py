@@ -283,11 +283,11 @@ def test_no_inputs_give_no_outputs() -> None:
     assert model.batches == []
 
 
-# Batcher: who leads.
+# Batcher: calls and batches that do not begin or end together.
 
 
-def test_who_leads_returns_as_soon_as_its_own_outputs_are_there(threads: ThreadPoolExecutor) -> None:
-    """A short call does not run the batches of a long array that came after it: that array's own thread does."""
+def test_a_call_ends_as_soon_as_its_own_outputs_are_there(threads: ThreadPoolExecutor) -> None:
+    """Not with the last batch of a long array that came after it."""
     model = Gated()
     batcher = batcher_of(model, Planned(2))
     short = threads.submit(batcher.predict, [1], never)
@@ -301,8 +301,8 @@ def test_who_leads_returns_as_soon_as_its_own_outputs_are_there(threads: ThreadP
     assert model.batches == [[1], [10, 11], [12, 13], [14, 15]]
 
 
-def test_who_leads_with_a_long_array_answers_others_in_turn(threads: ThreadPoolExecutor) -> None:
-    """What shares a batch with the array's end is answered with it; what comes later gets the lead."""
+def test_what_shares_a_batch_with_the_end_of_a_long_array_is_answered_with_it(threads: ThreadPoolExecutor) -> None:
+    """And what comes later has a batch of its own."""
     model = Gated()
     batcher = batcher_of(model, Planned(4, [6, 3, 1]))
     long = threads.submit(batcher.predict, range(10, 16), never)
@@ -318,14 +318,53 @@ def test_who_leads_with_a_long_array_answers_others_in_turn(threads: ThreadPoolE
     assert batcher.predict([2], never) == [-2]
 
 
-def test_the_lead_is_left_to_a_call_that_is_still_wanted(threads: ThreadPoolExecutor) -> None:
-    """The rest of an array that has failed stands first in the queue, and somebody else has to lead."""
+def test_the_rest_of_an_array_that_has_failed_is_passed_over(threads: ThreadPoolExecutor) -> None:
+    """It stands first in the queue, before what is still wanted."""
     model = Poisoned()
     batcher = batcher_of(model, Planned(2, [5]))
     failing = threads.submit(batcher.predict, [Poison(RuntimeError), 1, 2, 3], never)
     assert threads.submit(batcher.predict, [5], never).result(LIMIT_SECONDS) == [-5]
     with pytest.raises(InferenceError):
         failing.result(LIMIT_SECONDS)
+
+
+def test_a_call_can_be_begun_without_waiting_for_it() -> None:
+    """It tells, in another thread, when it has a result; who has begun it is free meanwhile."""
+    model = Gated()
+    call = batcher_of(model, Planned(2)).call([1, 2, 3], never)
+    told: list[threading.Thread] = []
+    has_told = threading.Event()
+
+    def tell() -> None:
+        told.append(threading.current_thread())
+        has_told.set()
+
+    call.begin(tell)
+    model.wait_until_entered()
+    assert not told
+    model.let_go.release(2)
+    assert has_told.wait(LIMIT_SECONDS)
+    assert call.result() == [-1, -2, -3]
+    assert told[0] is not threading.current_thread()
+    assert len(told) == 1
+
+
+def test_where_no_thread_can_be_started_a_call_fails_and_the_next_one_tries_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nothing of the failed call stays behind."""
+    model = Poisoned()
+    batcher = batcher_of(model, Planned(4))
+
+    def refuse(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(InferenceError, match="can't start new thread"):
+            batcher.predict([1], never)
+    assert batcher.predict([2], never) == [-2]
+    assert model.sizes == [1]
 
 
 # Batcher: failures.
@@ -473,8 +512,8 @@ def test_an_abandoned_call_is_not_put_into_a_batch(threads: ThreadPoolExecutor) 
     assert model.batches == [[0], [1]]
 
 
-def test_an_abandoned_leader_leaves_the_lead(threads: ThreadPoolExecutor) -> None:
-    """It runs no batch for itself, and those behind it are answered."""
+def test_an_abandoned_call_that_is_alone_makes_no_batch() -> None:
+    """And those behind it are answered."""
     model = Poisoned()
     batcher = batcher_of(model, Planned(64, [1]))
     with pytest.raises(AbandonedError):
@@ -487,14 +526,14 @@ def test_a_request_is_waiting_until_its_batch_begins(threads: ThreadPoolExecutor
     """Its server may give it up until then; afterwards its client may have closed its half only, and is answered."""
     model = Gated()
     batcher = batcher_of(model, Planned(64, [1, 1]))
-    leads, waits = Asked(False), Asked(False)
-    first = threads.submit(batcher.predict, [1], leads)
+    runs, waits = Asked(False), Asked(False)
+    first = threads.submit(batcher.predict, [1], runs)
     model.wait_until_entered()
     second = threads.submit(batcher.predict, [2, 3], waits)
     model.let_go.release()
     assert first.result(LIMIT_SECONDS) == [-1]
     model.wait_until_entered()
-    assert not leads.is_waiting and not waits.is_waiting
+    assert not runs.is_waiting and not waits.is_waiting
     model.let_go.release()
     assert second.result(LIMIT_SECONDS) == [-2, -3]
 

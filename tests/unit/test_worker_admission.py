@@ -1,5 +1,6 @@
 """Admission by itself: what it lets in, refuses and gives up, by the service times it has seen."""
 
+import threading
 from typing import cast
 
 import pytest
@@ -183,17 +184,35 @@ def test_nothing_is_hopeless_where_all_threads_are_stuck() -> None:
     assert queue.admission.hopeless([first, second], 9.0) == []
 
 
-def test_quick_is_what_is_known_to_be() -> None:
-    """An unknown path is not quick, nor is one whose requests wait for each other."""
+def served(waited_seconds: float, *, by_pool: bool = False) -> Exchange:
+    """A request that has waited so long for what its model makes."""
+    request = exchanges.exchange()
+    request.waited_seconds = waited_seconds
+    request.place = None if by_pool else threading.Lock()
+    return request
+
+
+@pytest.mark.parametrize(
+    ("observed", "seconds", "expected"),
+    [
+        ([], 0.0, False),
+        ([served(0.0)], 0.0001, True),
+        ([served(0.0)], 0.001, False),
+        ([served(0.9999)], 1.0, True),
+        ([served(0.9)], 1.0, False),
+        ([served(0.9, by_pool=True)], 1.0, True),
+        ([served(0.9)] + [served(0.9, by_pool=True)] * 100, 1.0, True),
+    ],
+    ids=["unknown", "quick", "slow", "waits", "slow-and-waits", "waits-in-a-thread", "slow-once"],
+)
+def test_quick_is_what_is_known_to_keep_a_thread_busy_for_next_to_no_time(
+    observed: list[Exchange], seconds: float, expected: bool
+) -> None:
+    """What it waits for does not count; of one that a thread of the pool ran nothing else is known."""
     queue = Queue(threads=9)
-    unknown = queue.add()
-    queue.admission.observe(exchange(), 0.0001)
-    batching = exchange("/batch")
-    batching.is_waiting = False
-    queue.admission.observe(batching, 0.0001)
-    quick, gathering = queue.add(), queue.add("/batch")
-    is_quick = [queue.admission.is_quick(e) for e in (unknown, quick, gathering) if isinstance(e, Exchange)]
-    assert is_quick == [False, True, False]
+    for request in observed:
+        queue.admission.observe(request, seconds)
+    assert queue.admission.is_quick(exchanges.exchange()) is expected
 
 
 def test_quick_is_not_what_has_turned_out_to_be_slow() -> None:
@@ -202,15 +221,3 @@ def test_quick_is_not_what_has_turned_out_to_be_slow() -> None:
     quick = queue.add_many(1)[0]
     queue.admission.observe(quick, 0.005, weight=1.0)
     assert not queue.admission.is_quick(quick)
-
-
-def test_a_path_whose_first_request_never_met_its_model_is_still_found_to_batch() -> None:
-    """One refused for its key or its shape waits for no batch; the first that does says what the model is."""
-    queue = Queue()
-    queue.admission.observe(exchange("/batch"), 0.0001)
-    batching = exchange("/batch")
-    batching.is_waiting = False
-    queue.admission.observe(batching, 0.0001)
-    added = queue.add("/batch")
-    assert isinstance(added, Exchange)
-    assert not queue.admission.is_quick(added)

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -13,7 +14,20 @@ from inference_api.worker.role import Role
 from inference_api.worker.wsgi import Exchange
 from tests.unit.exchanges import LIMIT_SECONDS, exchange, wait_for
 
-QUICK, SLOW = "/quick", "/slow"
+QUICK, SLOW, LATER = "/quick", "/slow", "/later"
+
+
+class Later:
+    """An answer that is there when a test says so."""
+
+    def __init__(self) -> None:
+        self.tell: Callable[[], None] | None = None
+
+    def when_ready(self, tell: Callable[[], None]) -> None:
+        self.tell = tell
+
+    def __iter__(self) -> Iterator[bytes]:
+        raise NotImplementedError
 
 
 class Worker:
@@ -24,9 +38,12 @@ class Worker:
         self.admission = Admission(self.pool, 100, 60.0)
         self.admission.observe(exchange(QUICK), 0.0001)
         self.admission.observe(exchange(SLOW), 1.0)
-        self.role = Role(self, self.pool, self.admission, self.run)
+        self.admission.observe(exchange(LATER), 0.0001)
+        self.resumed: deque[Exchange] = deque()
+        self.role = Role(self, self.pool, self.resumed, self.admission, self.run)
         self.ran_by: dict[Exchange, threading.Thread] = {}
         self.ended: list[Exchange] = []
+        self.laters: dict[Exchange, Later] = {}
         self.gates: dict[Exchange, threading.Event] = {}
         self.receives: list[Callable[[], None]] = []
         self.responds: list[Callable[[], None]] = []
@@ -36,6 +53,11 @@ class Worker:
 
     def run(self, exchange: Exchange) -> None:
         self.ran_by[exchange] = threading.current_thread()
+        if exchange.path == LATER and exchange not in self.laters:
+            self.laters[exchange] = exchange.later = Later()
+            exchange._server = self
+            return
+        exchange.later = None
         if exchange in self.gates:
             assert self.gates[exchange].wait(LIMIT_SECONDS)
         self.ended.append(exchange)
@@ -51,6 +73,16 @@ class Worker:
 
     def add_quick(self) -> None:
         self.add(QUICK)
+
+    # The server of an exchange.
+
+    closing = False
+
+    def deliver(self, exchange: Exchange, data: bytes | None, is_last: bool) -> None:
+        raise NotImplementedError
+
+    def resume(self, exchange: Exchange) -> None:
+        self.resumed.append(exchange)
 
     # The duties.
 
@@ -134,3 +166,21 @@ def test_no_more_run_at_once_than_there_are_threads_when_one_is_not_quick(worker
         gate.set()
     wait_for(lambda: set(others) <= set(worker.ended))
     assert first[0] in worker.ended
+
+
+def test_who_waits_for_an_answer_keeps_a_place_but_no_thread(worker: Worker) -> None:
+    """Two threads: a third request waits until one of two answers has come, and all are run by who has the role."""
+    added: list[Exchange] = []
+    worker.receives.append(lambda: added.extend(worker.add(LATER) for _ in range(3)))
+    wait_for(lambda: len(worker.laters) == 2 and all(later.tell for later in worker.laters.values()))
+    turns = len(worker.waits)
+    wait_for(lambda: len(worker.waits) > turns + 3)
+    assert list(worker.laters) == added[:2] and not worker.pool.has_idle
+    for count, each in enumerate(added, 1):
+        wait_for(lambda each=each: each in worker.laters and worker.laters[each].tell is not None)  # type: ignore[misc]
+        tell = worker.laters[each].tell
+        assert tell is not None
+        tell()
+        wait_for(lambda count=count: worker.ended.count(added[count - 1]) == 1)  # type: ignore[misc]
+    wait_for(lambda: len(worker.pool._idle) == 2)
+    assert {worker.ran_by[each].name for each in added} == {"io"}

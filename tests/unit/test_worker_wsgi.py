@@ -1,0 +1,122 @@
+"""Answers that come later: what the application returns rather than make a thread wait."""
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import pytest
+
+from inference_api.worker.wsgi import Exchange
+from tests.unit.exchanges import exchange
+
+
+class Later:
+    """Becomes ready when a test calls `tell`; must not be iterated over before, and must be closed."""
+
+    def __init__(self) -> None:
+        self.tell: Callable[[], None] | None = None
+        self.is_closed = False
+
+    def when_ready(self, tell: Callable[[], None]) -> None:
+        self.tell = tell
+
+    def __len__(self) -> int:
+        return 1
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield b"Hello"
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+class Server:
+    """Keeps what it is given."""
+
+    closing = False
+
+    def __init__(self) -> None:
+        self.delivered: list[tuple[bytes | None, bool]] = []
+        self.resumed: list[Exchange] = []
+
+    def deliver(self, exchange: Exchange, data: bytes | None, is_last: bool) -> None:
+        self.delivered.append((data, is_last))
+
+    def resume(self, exchange: Exchange) -> None:
+        self.resumed.append(exchange)
+
+
+class Application:
+    """Returns one Later, and may be called once."""
+
+    def __init__(self) -> None:
+        self.later = Later()
+        self.calls = 0
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        self.calls += 1
+        start_response("200 OK", [("content-type", "text/plain")])
+        return self.later
+
+
+def is_hello(server: Server) -> bool:
+    ((data, is_last),) = server.delivered
+    assert data is not None
+    return is_last and data.startswith(b"HTTP/1.1 200 OK\r\n") and data.endswith(b"Content-Length: 5\r\n\r\nHello")
+
+
+def test_an_answer_is_sent_when_it_has_come() -> None:
+    """The application is called once, and its iterable closed at the end."""
+    application, server, request = Application(), Server(), exchange()
+    request.place = threading.Lock()
+    request.run(application, request.environ, server)
+    assert request.later is application.later
+    request.begin()
+    assert application.later.tell is not None
+    application.later.tell()
+    assert server.resumed == [request]
+    assert server.delivered == [] and not application.later.is_closed
+    request.run(application, request.environ, server)
+    assert is_hello(server)
+    assert request.later is None and application.later.is_closed
+    assert application.calls == 1
+    assert request.waited_seconds > 0
+
+
+def test_a_thread_of_the_pool_waits_itself() -> None:
+    """There the iterable is one like any other."""
+    application, server, request = Application(), Server(), exchange()
+    request.run(application, request.environ, server)
+    assert is_hello(server)
+    assert application.later.tell is None and application.later.is_closed
+
+
+def test_what_nobody_waits_for_any_more_is_closed() -> None:
+    """The server is told that nothing comes."""
+    application, server, request = Application(), Server(), exchange()
+    request.place = threading.Lock()
+    request.run(application, request.environ, server)
+    request.drop(server)
+    assert server.delivered == [(None, True)]
+    assert request.later is None and application.later.is_closed
+
+
+@pytest.mark.parametrize("is_deferred", [False, True])
+def test_an_answer_may_become_another_as_long_as_nothing_has_been_sent(is_deferred: bool) -> None:
+    """By start_response() with exc_info, as PEP 3333 says."""
+
+    class Failing(Later):
+        def __iter__(self) -> Iterator[bytes]:
+            request.start_response("500 Internal Server Error", [("x-failed", "yes")], (OSError, OSError(), None))
+            yield b"sorry"
+
+    application, server, request = Application(), Server(), exchange()
+    application.later = Failing()
+    if is_deferred:
+        request.place = threading.Lock()
+        request.run(application, request.environ, server)
+    request.run(application, request.environ, server)
+    ((data, is_last),) = server.delivered
+    assert data is not None and is_last
+    assert data.startswith(b"HTTP/1.1 500 ") and b"x-failed: yes" in data and data.endswith(b"\r\n\r\nsorry")
+    assert b"content-type" not in data
