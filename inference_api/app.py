@@ -127,6 +127,7 @@ class Service:
         self._app: Callable[[dict[str, Any], StartResponse], Iterable[bytes]] = create_starting_app()
 
     def __call__(self, environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
+        environ["inference_api.start_response"] = start_response  # for an answer that comes later
         serving.environ = environ
         try:
             return self._app(environ, start_response)

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any, Protocol
 
+from inference_api.logs import serving
 from inference_api.model import AbandonedError, InferenceError, UnfitInputError
 
 MAX_GATHER_SECONDS = 0.002
@@ -102,11 +103,12 @@ class Gathering:
 class Call:
     """What one request asks of a model that batches: its inputs, and in time their outputs."""
 
-    __slots__ = ("_failure", "_left", "_outputs", "_submit", "_tell", "caller", "inputs")
+    __slots__ = ("_failure", "_left", "_outputs", "_submit", "_tell", "caller", "environ", "inputs")
 
     def __init__(self, inputs: Sequence[Any], caller: Caller, submit: "Callable[[Call], None]") -> None:
         self.inputs = inputs
         self.caller = caller
+        self.environ = serving.environ  # of the request, for lines that its model logs
         self._submit: Callable[[Call], None] | None = submit
         self._outputs: list[Any] = [None] * len(inputs)
         self._left = len(inputs)  # inputs that an output is still to come for
@@ -122,6 +124,7 @@ class Call:
             try:
                 submit(self)
             except RuntimeError as exc:  # no more threads can be started
+                self.caller.is_waiting = False
                 self.fail(InferenceError(str(exc)))
                 self.settle()
 
@@ -209,8 +212,11 @@ class Batcher:
 
     def _serve(self) -> None:
         while True:
-            self._gather()
-            self._work()
+            try:
+                self._gather()
+                self._work()
+            except Exception:
+                log.exception("the batcher failed")
 
     def _gather(self) -> None:
         """Wait until a batch should begin."""
@@ -235,14 +241,23 @@ class Batcher:
     def _work(self) -> None:
         """Run a batch, and settle those that it was the last one for."""
         batch, gone = self._take()
-        if batch:
-            started, pid = self._gathering.clock(), os.getpid()
-            self._run(batch)
-            if os.getpid() != pid:  # the model has forked: the child must not answer for its parent
-                os._exit(0)
-            self._gathering.ran(len(batch), len(self._waiting), started)
-        for call in [*gone, *dict.fromkeys(call for call, _ in batch if call.is_done)]:
-            call.settle()
+        calls = dict.fromkeys(call for call, _ in batch)
+        try:
+            if batch:
+                started, pid = self._gathering.clock(), os.getpid()
+                serving.environ = next(iter(calls)).environ if len(calls) == 1 else None
+                self._run(batch)
+                if os.getpid() != pid:  # the model has forked: the child must not answer for its parent
+                    os._exit(0)
+                self._gathering.ran(len(batch), len(self._waiting), started)
+        except Exception as exc:
+            for call in calls:
+                call.fail(InferenceError(f"the batch failed: {type(exc).__name__}"))
+            raise
+        finally:
+            serving.environ = None
+            for call in [*gone, *(call for call in calls if call.is_done)]:
+                call.settle()
 
     def _take(self) -> tuple[list[tuple[Call, int]], list[Call]]:
         """The next batch, and the calls that nobody waits for any more."""
@@ -286,6 +301,7 @@ class Batcher:
     def _run_alone(self, call: Call, index: int) -> None:
         if call.is_done:
             return
+        serving.environ = call.environ
         try:
             call.put(index, _predict_one(self._predict, call.inputs[index], index, call.caller))
         except Exception as exc:

@@ -72,7 +72,6 @@ class Later:
         self._resp = resp
         self._call = call
         self._encode = encode
-        self._start_response = req.env["inference_api.caller"].start_response
 
     def when_ready(self, tell: Callable[[], None]) -> None:
         """Begin the call; `tell` is called, in another thread, once it has ended."""
@@ -86,13 +85,14 @@ class Later:
 
     def _body(self) -> bytes:
         req, resp = self._req, self._resp
+        resp.stream = None  # which is this: a cycle would keep the request until the collector finds it
         serving.environ = req.env
         try:
             return self._encode(self._call.result())
         except Exception as exc:
             errors.handle(req, resp, exc)
             # Nothing has been sent, so that PEP 3333 allows another status and other fields instead of a success's.
-            self._start_response(resp.status, [*resp.headers.items()], sys.exc_info())
+            req.env["inference_api.start_response"](resp.status, [*resp.headers.items()], sys.exc_info())
             return resp.data or b""
         finally:
             serving.environ = None
@@ -112,6 +112,7 @@ class Prediction:
     ) -> None:
         self._schema = schema
         self._predictor = predictor
+        self._batcher = predictor if isinstance(predictor, Batcher) else None
         self._api_keys = api_keys
         self._max_body_bytes = max_body_bytes
         self._predicted = predicted
@@ -131,15 +132,16 @@ class Prediction:
             req.context["is_array"] = True
         echoes = schema.encode_inputs(inputs)
         caller = environ.get("inference_api.caller", _CALLER)
-        if caller is not _CALLER and inputs and isinstance(self._predictor, Batcher):
-            call = self._predictor.call(inputs, caller)
+        if self._batcher is not None and caller is not _CALLER and inputs:
+            call = self._batcher.call(inputs, caller)
             resp.stream = Later(req, resp, call, lambda outputs: self._answer(echoes, outputs, is_array))
         else:
             resp.data = self._answer(echoes, self._predictor.predict(inputs, caller), is_array)
 
     def _answer(self, echoes: Sequence[bytes], outputs: Sequence[Any], is_array: bool) -> bytes:
-        body = self._schema.encode_answer(echoes, outputs, is_array)
-        self._predicted(self._schema.path, len(outputs))
+        schema = self._schema
+        body = schema.encode_answer(echoes, outputs, is_array)
+        self._predicted(schema.path, len(outputs))
         return body
 
     def _authorize(self, environ: dict[str, Any]) -> None:

@@ -52,6 +52,11 @@ class Worker(BaseWorker):  # type: ignore[misc] # Gunicorn has no types
             "wsgi.multithread": True,
             "wsgi.multiprocess": cfg.workers > 1,
             "wsgi.run_once": False,
+            # Places for what each request adds: a dict that has to grow for them costs more.
+            "wsgi.input": None,
+            "inference_api.caller": None,
+            "inference_api.request_id": None,
+            "inference_api.start_response": None,
         }
         parser = RequestParser(
             max_line_bytes=cfg.limit_request_line,

@@ -30,7 +30,9 @@ class Admission:
         self._backlog_seconds = 0.0
         self._service_seconds: dict[str, float] = {}
         self._guessed: set[str] = set()  # paths of which no request has ended yet: it takes at least that long
-        self._busy_seconds: dict[str, float] = {}  # where requests wait for a batch: the rest of their service time
+        # Where requests wait for a batch: the rest of their service time. It falls while threads of the pool run them,
+        # which may wait all of the time, for all that is known: so they are tried as quick ones again now and then.
+        self._busy_seconds: dict[str, float] = {}
 
     def enter(self, exchange: Exchange) -> str | None:
         """Let a request in, or say why not: "stuck", "pending" or "deadline".
@@ -58,34 +60,34 @@ class Admission:
     def is_quick(self, exchange: Exchange) -> bool:
         """Whether a request is known to keep a thread busy for next to no time."""
         # By what is known now: of many that wait when the first turns out not to be quick, none is taken for it.
-        path = exchange.path
-        seconds = self._busy_seconds.get(path)
-        return (self._service_seconds.get(path, QUICK_SECONDS) if seconds is None else seconds) < QUICK_SECONDS
+        seconds = self._busy_seconds.get(exchange.path)
+        if seconds is None:
+            seconds = self._service_seconds.get(exchange.path, QUICK_SECONDS)
+        return seconds < QUICK_SECONDS
 
     def leave(self, exchange: Exchange) -> None:
         """A request is no longer among the work to be done; to say so again changes nothing."""
         self._backlog_seconds -= exchange.cost
         exchange.cost = 0.0
 
-    def observe(self, exchange: Exchange, seconds: float, weight: float = SMOOTHING) -> None:
-        """Take into account how long a request has kept its thread."""
+    def observe(self, exchange: Exchange, seconds: float) -> None:
+        """Take into account how long a request has kept its thread, or its place."""
         path = exchange.path
         known = self._service_seconds.get(path)
         if known is not None and path not in self._guessed:
-            self._service_seconds[path] = known + weight * (seconds - known)
+            self._service_seconds[path] = known + SMOOTHING * (seconds - known)
         elif known is not None or len(self._service_seconds) < MAX_PATHS:
             self._service_seconds[path] = seconds
             self._guessed.discard(path)
-        if exchange.waited_seconds or path in self._busy_seconds:
-            self._observe_busy(exchange, seconds - exchange.waited_seconds, weight)
+        if exchange.waited_seconds and path in self._service_seconds:
+            busy_seconds = max(0.0, seconds - exchange.waited_seconds)
+            known = self._busy_seconds.get(path, busy_seconds)
+            self._busy_seconds[path] = known + SMOOTHING * (busy_seconds - known)
 
-    def _observe_busy(self, exchange: Exchange, seconds: float, weight: float) -> None:
-        path = exchange.path
-        if exchange.waited_seconds and exchange.place is None:
-            seconds = 0.0  # as far as is known: a thread of the pool also waits for the interpreter, with many others
-        known = self._busy_seconds.get(path, seconds)
-        if path in self._service_seconds:  # which bounds how many there are
-            self._busy_seconds[path] = known + weight * (seconds - known)
+    def observe_slow(self, exchange: Exchange, seconds: float) -> None:
+        """A request that was thought to be quick has kept its thread busy for so long, and still does."""
+        known = self._busy_seconds if exchange.path in self._busy_seconds else self._service_seconds
+        known[exchange.path] = seconds
 
     def hopeless(self, exchanges: Iterable[Exchange], now: float) -> list[Exchange]:
         """Those of the requests let in that, by what has been learnt since, cannot be answered in time."""

@@ -102,9 +102,10 @@ class Loop:
         """Called in application threads."""
         environ = exchange.environ  # which is taken away once it is abandoned
         late_seconds = exchange.started - exchange.arrived
-        # One that has waited too long to be finished in time is not started.
-        if exchange.abandoned or (late_seconds > LATE_SECONDS and exchange.started + exchange.cost > exchange.deadline):
-            exchange.drop(self._outbox)
+        # One that has waited too long to be finished in time is not started. What has begun is ended.
+        is_late = late_seconds > LATE_SECONDS and exchange.started + exchange.cost > exchange.deadline
+        if exchange.later is None and (exchange.abandoned or is_late):
+            self._outbox.deliver(exchange, None, True)
         else:
             exchange.run(self._application, environ, self._outbox)
         if self._has_forked:  # in the model: the child must not serve its parent's connections

@@ -100,11 +100,10 @@ class Pool:
         """The place that was reserved is the thread's again."""
         self._idle.append(place)
 
-    def replace(self, place: "threading.Lock | None") -> None:
-        """End a thread, the one whose place was reserved if there is one: another is about to `serve`."""
+    def replace(self, place: threading.Lock) -> None:
+        """End a thread: another one is about to `serve` in the place that was reserved."""
         self._exits.append(None)
-        if place is not None:
-            place.release()
+        place.release()
 
     def take_back(self, exchange: Exchange) -> None:
         """A thread is done with a request."""

@@ -37,6 +37,9 @@ class Role:
     To hand a quick request to another thread, which would compete with this one for the interpreter, costs more than
     the request: whoever has the role runs it. Should one not be quick for once, the role goes to a new thread, and the
     one that is busy with it becomes a thread of the pool, in the place of one that is idle.
+
+    A quick request whose answer comes later, with its batch, is run up to there, and run on when it has come: it keeps
+    its place in the pool meanwhile, but no thread.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class Role:
         self._run = run
         self._lock = threading.Lock()  # held by the thread that has the role, but while it runs `_quick`
         self._quick: Exchange | None = None
+        self._deferred: list[Exchange] = []  # that have been run up to where they have to wait for their answer
         self._last_quick = 0.0  # when the last request that is quick began
         self._is_watched = False
         self._over = threading.Event()
@@ -106,21 +110,27 @@ class Role:
         """Go on where the thread that had the role before is busy."""
         seconds = time.monotonic() - self._last_quick
         if seconds > TAKE_OVER_SECONDS:  # it may be that the one which was found slow has ended, and this one begun
-            self._admission.observe(slow, seconds, weight=1.0)
+            self._admission.observe_slow(slow, seconds)
         self._quick = None
-        self._pool.replace(slow.place)
-        slow.place = None
+        place, slow.place = slow.place, None
+        if place is not None:
+            self._pool.replace(place)
+        self._begin_deferred()
+
+    def _begin_deferred(self) -> None:
+        """All at once, so that they are likely to be in the same batch."""
+        deferred, self._deferred = self._deferred, []
+        for exchange in deferred:
+            exchange.begin()
 
     def _work(self, now: float) -> bool:
-        """Let what has been submitted be run; returns whether this thread still has the role."""
+        """Run what is quick of what has been submitted, and wake others for the rest; False: the role has gone."""
         if not self._is_watched and self._is_quick_next():
             self._last_quick = now
         pool, resumed, run = self._pool, self._resumed, self._run
         ends = time.monotonic() + TURN_SECONDS
-        deferred: list[Exchange] = []
-        place: threading.Lock | None = None
-        has_role = True
-        while has_role and self._last_quick < ends:
+        place: threading.Lock | None = None  # in the pool, for what is run here: it is one of THREADS
+        while self._last_quick < ends:
             if resumed:
                 if place is not None:
                     pool.free(place)
@@ -128,8 +138,7 @@ class Role:
                 place = exchange.place
                 self._last_quick = time.monotonic()
             else:
-                # Each place is one of THREADS: without one, this would be a prediction more at once than that.
-                if place is None and (not self._is_watched or (place := pool.reserve()) is None):
+                if not self._is_watched or (place is None and (place := pool.reserve()) is None):
                     break
                 try:
                     exchange = pool.jobs.popleft()
@@ -143,20 +152,20 @@ class Role:
             self._quick = exchange
             self._lock.release()
             run(exchange)
-            has_role = self._lock.acquire(blocking=False)  # else it has been taken over, and the place with it
-            if exchange.later is not None:
-                deferred.append(exchange)
+            if not self._lock.acquire(blocking=False):  # this is a thread of the pool now, in that place
+                if exchange.later is not None:
+                    run(exchange)
+                return False
+            self._quick = None
+            if exchange.later is not None:  # it keeps its place
+                self._deferred.append(exchange)
                 place = None
-            if has_role:
-                self._quick = None
-        for exchange in deferred:  # all at once, so that they are likely to be in the same batch
-            exchange.begin()
-        if has_role:
-            if place is not None:
-                pool.free(place)
-            if not self._has_quick():
-                pool.wake()
-        return has_role
+        if place is not None:
+            pool.free(place)
+        self._begin_deferred()
+        if not self._has_quick():
+            pool.wake()
+        return True
 
     def _is_quick_next(self) -> bool:
         try:

@@ -3,6 +3,7 @@
 import functools
 import io
 import logging
+import math
 import re
 import threading
 import time
@@ -71,7 +72,7 @@ class Exchange:
     """
 
     __slots__ = (
-        "_deferred", "_headers", "_is_bodiless", "_is_chunked", "_left", "_server", "_status_line", "abandoned",
+        "_headers", "_is_bodiless", "_is_chunked", "_left", "_server", "_status_line", "_waiting_since", "abandoned",
         "arrived", "body_bytes", "connection", "cost", "deadline", "ended", "environ", "is_begun", "is_done", "is_get",
         "is_http11", "is_waiting", "keep_alive", "later", "method", "model", "path", "place", "produced_bytes",
         "request_id", "room", "sent_bytes", "started", "status", "traceparent", "waited_seconds",
@@ -101,7 +102,7 @@ class Exchange:
         self.produced_bytes = self.sent_bytes = 0
         self.room: threading.Event | None = None
         self._status_line: str | None = None
-        self.later: Later | None = None  # the answer, where it is yet to come
+        self.later: Later | None = None  # the answer, while it is yet to come and no thread waits for it
         self._is_chunked = False
         self._left: int | None = None  # bytes of the declared length that have not come yet
         environ["wsgi.input"] = io.BytesIO(body)
@@ -120,7 +121,11 @@ class Exchange:
         """
         self._server = server
         try:
-            result = application(environ, self.start_response) if self.later is None else self.later
+            if self.later is None:
+                result = application(environ, self.start_response)
+            else:
+                result = self.later
+                self.waited_seconds = time.monotonic() - self._waiting_since if self.place is not None else math.inf
             if type(result) is list:  # nearly always; it has no close()
                 self._finish(result)
             elif not self._is_deferred(result):
@@ -137,20 +142,17 @@ class Exchange:
     def _is_deferred(self, result: Iterable[bytes]) -> bool:
         if self.later is not None or not hasattr(result, "when_ready"):
             return False
+        if self.place is None:
+            self.waited_seconds = math.inf  # it is not known how much of its time: its thread is going to wait
+            return False
         self.later = cast(Later, result)
-        self._deferred = time.monotonic()
-        return self.place is not None
+        self._waiting_since = time.monotonic()
+        return True
 
     def begin(self) -> None:
         """Have made what is to come later; the server is told to `resume` once it is there."""
         if self.later is not None:
             self.later.when_ready(lambda: self._server.resume(self))
-
-    def drop(self, server: Server) -> None:
-        """Instead of `run`: there will be no answer."""
-        if self.later is not None:
-            self._close(self.later)
-        server.deliver(self, None, True)
 
     def _close(self, result: Iterable[bytes]) -> None:
         self.later = None
@@ -220,10 +222,7 @@ class Exchange:
     def _finish(self, result: Iterable[bytes]) -> None:
         """Send all of what the application returned."""
         if not self.is_begun and (type(result) is list or (isinstance(result, Sized) and len(result) == 1)):
-            body = b"".join(result)  # that is all of it
-            if self.later is not None:
-                self.waited_seconds = time.monotonic() - self._deferred
-            self._send_whole(body)
+            self._send_whole(b"".join(result))  # that is all of it
             return
         for data in result:
             self.write(data)

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inference_api.batching import MAX_GATHER_SECONDS, Batcher, Direct, Gathering
+from inference_api.logs import serving
 from inference_api.model import AbandonedError, InferenceError, UnfitInputError
 
 LIMIT_SECONDS = 60.0
@@ -365,6 +366,49 @@ def test_where_no_thread_can_be_started_a_call_fails_and_the_next_one_tries_agai
             batcher.predict([1], never)
     assert batcher.predict([2], never) == [-2]
     assert model.sizes == [1]
+
+
+def test_what_goes_wrong_around_a_batch_fails_it_and_ends_nothing() -> None:
+    """Nobody waits for ever, and the next call is answered."""
+    model = Poisoned()
+    failures = [MemoryError()]
+
+    def observe(_size: int) -> None:
+        if failures:
+            raise failures.pop()
+
+    batcher = batcher_of(model, Planned(4), observe)
+    with pytest.raises(InferenceError, match="MemoryError"):
+        batcher.predict([1, 2], never)
+    assert batcher.predict([2], never) == [-2]
+
+
+def test_what_a_model_logs_is_known_by_its_request_where_there_is_one(threads: ThreadPoolExecutor) -> None:
+    """A line of a batch of several requests belongs to none of them; of those predicted alone each does."""
+    seen: list[tuple[Any, Any]] = []
+
+    def look(value: int) -> int:
+        seen.append((value, serving.environ))
+        return -value
+
+    def predict_batch(inputs: list[int]) -> list[int]:
+        look(0)
+        if len(inputs) == 1:
+            return [look(value) for value in inputs]
+        raise RuntimeError
+
+    def serve(value: int) -> list[int]:
+        serving.environ = {"of": value}
+        return batcher.predict([value], never)
+
+    batcher = Batcher(predict_batch, look, Planned(4, [1, 2]), lambda _size: None)
+    assert threads.submit(serve, 7).result(LIMIT_SECONDS) == [-7]
+    assert seen == [(0, {"of": 7}), (7, {"of": 7})]
+    del seen[:]
+    answers = [threads.submit(serve, value) for value in (1, 2)]
+    assert [answer.result(LIMIT_SECONDS) for answer in answers] == [[-1], [-2]]
+    assert seen[0] == (0, None)
+    assert sorted(seen[1:]) == [(1, {"of": 1}), (2, {"of": 2})]
 
 
 # Batcher: failures.

@@ -1,6 +1,6 @@
 """Admission by itself: what it lets in, refuses and gives up, by the service times it has seen."""
 
-import threading
+import math
 from typing import cast
 
 import pytest
@@ -184,11 +184,10 @@ def test_nothing_is_hopeless_where_all_threads_are_stuck() -> None:
     assert queue.admission.hopeless([first, second], 9.0) == []
 
 
-def served(waited_seconds: float, *, by_pool: bool = False) -> Exchange:
+def served(waited_seconds: float) -> Exchange:
     """A request that has waited so long for what its model makes."""
     request = exchanges.exchange()
     request.waited_seconds = waited_seconds
-    request.place = None if by_pool else threading.Lock()
     return request
 
 
@@ -200,10 +199,11 @@ def served(waited_seconds: float, *, by_pool: bool = False) -> Exchange:
         ([served(0.0)], 0.001, False),
         ([served(0.9999)], 1.0, True),
         ([served(0.9)], 1.0, False),
-        ([served(0.9, by_pool=True)], 1.0, True),
-        ([served(0.9)] + [served(0.9, by_pool=True)] * 100, 1.0, True),
+        ([served(math.inf)], 1.0, True),
+        ([served(0.9)] + [served(math.inf)] * 100, 1.0, True),
+        ([served(0.9999)] + [served(0.0)] * 100, 1.0, True),
     ],
-    ids=["unknown", "quick", "slow", "waits", "slow-and-waits", "waits-in-a-thread", "slow-once"],
+    ids=["unknown", "quick", "slow", "waits", "slow-and-waits", "waits-in-a-thread", "slow-once", "waits-or-not"],
 )
 def test_quick_is_what_is_known_to_keep_a_thread_busy_for_next_to_no_time(
     observed: list[Exchange], seconds: float, expected: bool
@@ -215,9 +215,20 @@ def test_quick_is_what_is_known_to_keep_a_thread_busy_for_next_to_no_time(
     assert queue.admission.is_quick(exchanges.exchange()) is expected
 
 
+def test_what_waits_and_turns_out_to_be_slow_takes_as_long_as_before() -> None:
+    """What was seen of it is the time that it has kept a thread busy, not that of its batch."""
+    queue = Queue(threads=9)
+    queue.admission.observe(served(3.9999), 4.0)
+    queue.admission.observe_slow(exchanges.exchange(), 0.005)
+    assert not queue.admission.is_quick(exchanges.exchange())
+    added = queue.add("/")
+    assert isinstance(added, Exchange)
+    assert added.cost == 4.0
+
+
 def test_quick_is_not_what_has_turned_out_to_be_slow() -> None:
     """Requests that were let in as quick ones wait for threads like any others then."""
     queue = Queue(threads=9, known_seconds=0.0001)
     quick = queue.add_many(1)[0]
-    queue.admission.observe(quick, 0.005, weight=1.0)
+    queue.admission.observe_slow(quick, 0.005)
     assert not queue.admission.is_quick(quick)

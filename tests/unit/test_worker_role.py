@@ -53,13 +53,13 @@ class Worker:
 
     def run(self, exchange: Exchange) -> None:
         self.ran_by[exchange] = threading.current_thread()
+        if exchange in self.gates:
+            assert self.gates[exchange].wait(LIMIT_SECONDS)
         if exchange.path == LATER and exchange not in self.laters:
             self.laters[exchange] = exchange.later = Later()
             exchange._server = self
             return
         exchange.later = None
-        if exchange in self.gates:
-            assert self.gates[exchange].wait(LIMIT_SECONDS)
         self.ended.append(exchange)
 
     def add(self, path: str, *, is_gated: bool = False) -> Exchange:
@@ -145,7 +145,7 @@ def test_what_was_left_for_being_quick_is_not_forgotten_when_it_no_longer_is(
         wait_for(lambda: len(set(added) & set(worker.ended)) == 3)
         seen.append((len(worker.pool.jobs), worker.waits[-1:]))
 
-    worker.responds.append(lambda: worker.admission.observe(exchange(QUICK), 1.0, weight=1.0))
+    worker.responds.append(lambda: worker.admission.observe_slow(exchange(QUICK), 1.0))
     worker.receives.extend([lambda: added.extend(worker.add(QUICK) for _ in range(3)), look])
     wait_for(lambda: bool(seen))
     assert seen == [(0, [True])]
@@ -184,3 +184,30 @@ def test_who_waits_for_an_answer_keeps_a_place_but_no_thread(worker: Worker) -> 
         wait_for(lambda count=count: worker.ended.count(added[count - 1]) == 1)  # type: ignore[misc]
     wait_for(lambda: len(worker.pool._idle) == 2)
     assert {worker.ran_by[each].name for each in added} == {"io"}
+
+
+def test_what_waits_is_begun_although_the_next_request_is_slow(worker: Worker) -> None:
+    """Whoever takes the role over begins it; the slow one is of another path, and may never end."""
+    added: list[Exchange] = []
+    worker.receives.append(lambda: added.extend([worker.add(LATER), worker.add(QUICK, is_gated=True)]))
+    wait_for(lambda: len(added) == 2 and worker.laters.get(added[0]) is not None)
+    wait_for(lambda: worker.laters[added[0]].tell is not None)
+    tell = worker.laters[added[0]].tell
+    assert tell is not None
+    assert added[1] not in worker.ended
+    tell()
+    wait_for(lambda: added[0] in worker.ended)
+    assert added[1] not in worker.ended
+
+
+def test_what_is_slow_before_it_has_to_wait_waits_in_its_thread(worker: Worker) -> None:
+    """That has become one of the pool's, in its place; nothing is begun that nobody could end."""
+    added: list[Exchange] = []
+    worker.receives.append(lambda: added.append(worker.add(LATER, is_gated=True)))
+    wait_for(lambda: bool(added) and added[0] in worker.ran_by)
+    turns = len(worker.waits)
+    wait_for(lambda: len(worker.waits) > turns + 3)  # another thread has the role
+    worker.gates[added[0]].set()
+    wait_for(lambda: added[0] in worker.ended)
+    assert worker.laters[added[0]].tell is None
+    wait_for(lambda: len(worker.pool._idle) == 2)

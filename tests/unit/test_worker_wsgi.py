@@ -91,16 +91,6 @@ def test_a_thread_of_the_pool_waits_itself() -> None:
     assert application.later.tell is None and application.later.is_closed
 
 
-def test_what_nobody_waits_for_any_more_is_closed() -> None:
-    """The server is told that nothing comes."""
-    application, server, request = Application(), Server(), exchange()
-    request.place = threading.Lock()
-    request.run(application, request.environ, server)
-    request.drop(server)
-    assert server.delivered == [(None, True)]
-    assert request.later is None and application.later.is_closed
-
-
 @pytest.mark.parametrize("is_deferred", [False, True])
 def test_an_answer_may_become_another_as_long_as_nothing_has_been_sent(is_deferred: bool) -> None:
     """By start_response() with exc_info, as PEP 3333 says."""
