@@ -128,7 +128,7 @@ class Exchange:
                 self.waited_seconds = time.monotonic() - self._waiting_since if self.place is not None else math.inf
             if type(result) is list:  # nearly always; it has no close()
                 self._finish(result)
-            elif not self._is_deferred(result):
+            elif not self._defer(result):
                 try:
                     self._finish(result)
                 finally:
@@ -139,7 +139,8 @@ class Exchange:
             log.exception("the application failed", extra=self.log_fields)
             self._give_up()
 
-    def _is_deferred(self, result: Iterable[bytes]) -> bool:
+    def _defer(self, result: Iterable[bytes]) -> bool:
+        """Keep an answer for when it has come, where no thread is to wait for it; else returns False."""
         if self.later is not None or not hasattr(result, "when_ready"):
             return False
         if self.place is None:
@@ -270,7 +271,7 @@ class Exchange:
         if status is None:
             raise AssertionError("the application did not call start_response() before its first piece of body")
         self._is_bodiless = self.method == "HEAD" or self.status in _BODILESS
-        if self._is_bodiless and self.status == 204 and self._left is not None:  # RFC 9110 §8.6
+        if self.status == 204 and self._left is not None:  # RFC 9110 §8.6
             self._headers = [field for field in self._headers if field[0].lower() != "content-length"]
         if self._server.closing:
             self.keep_alive = False

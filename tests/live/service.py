@@ -275,6 +275,13 @@ def _chunked(data: bytes) -> tuple[bytes, bytes]:
         body += chunk
 
 
+def has_no_live_child(worker: int) -> bool:
+    """Whether all processes that this worker has forked have ended, reaped or not."""
+    children = Path(f"/proc/{worker}/task").glob("*/children")
+    pids = [pid for file in children for pid in file.read_text().split()]
+    return all(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z" for pid in pids)
+
+
 def is_problem(answer: Answer, status: int) -> bool:
     """Whether it is a whole problem+json (RFC 9457) of this status that tells nothing of the server's inside."""
     problem = answer.json

@@ -11,7 +11,16 @@ from typing import Any
 
 import pytest
 
-from tests.live.service import WAIT_SECONDS, Answer, Service, is_problem, next_answer, running, wait_for
+from tests.live.service import (
+    WAIT_SECONDS,
+    Answer,
+    Service,
+    has_no_live_child,
+    is_problem,
+    next_answer,
+    running,
+    wait_for,
+)
 
 MODELS = r"""
 import locale, os, pathlib, resource, threading, time
@@ -350,12 +359,7 @@ def test_a_child_that_a_model_forks_serves_nobody(service: Service) -> None:
         assert is_answer_to("fork", service.post("/predict", {"text": "fork"}))
     (worker,) = service.workers()
 
-    def has_no_live_child() -> bool:
-        children = Path(f"/proc/{worker}/task").glob("*/children")
-        pids = [pid for file in children for pid in file.read_text().split()]
-        return all(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z" for pid in pids)
-
-    wait_for(has_no_live_child, WAIT_SECONDS)
+    wait_for(lambda: has_no_live_child(worker), WAIT_SECONDS)
     assert is_answer_to("next", service.post("/predict", {"text": "next"}))
 
 

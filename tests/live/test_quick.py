@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.live.service import WAIT_SECONDS, Answer, Service, is_problem, running, wait_for
+from tests.live.service import WAIT_SECONDS, Answer, Service, has_no_live_child, is_problem, running, wait_for
 
 MODEL = """
 import os, pathlib, time
@@ -168,10 +168,5 @@ def test_a_child_that_a_model_forks_serves_nobody(service: Service) -> None:
     worker = service.workers()[0]
     assert service.post("/mostly", {"text": ""}).status == 200
 
-    def has_no_live_child() -> bool:
-        children = Path(f"/proc/{worker}/task").glob("*/children")
-        pids = [pid for file in children for pid in file.read_text().split()]
-        return all(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z" for pid in pids)
-
-    wait_for(has_no_live_child, WAIT_SECONDS)
+    wait_for(lambda: has_no_live_child(worker), WAIT_SECONDS)
     assert service.workers() == [worker]
