@@ -4,16 +4,18 @@ import ast
 import re
 import subprocess
 import sys
-from importlib.metadata import packages_distributions
+from importlib.metadata import distributions, packages_distributions
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 PROJECT = Path(__file__).parents[1]
 WANTED = sorted([*PROJECT.glob("requirements*.in"), *PROJECT.glob("examples/requirements/*.in")])
 LOCKS = [path.with_suffix(".txt") for path in WANTED]
+OLDEST_PYTHON = "3.11.0"
 UNSAFE = (
     "\n# The following packages are considered to be unsafe in a requirements file:\n"  # pip-tools' words on setuptools
 )
@@ -71,6 +73,15 @@ def test_a_lock_is_exact_and_hashed_and_names_no_place(path: Path) -> None:
     rest = PIN.sub("", path.read_text()).replace(UNSAFE, "")
     reason = r"(-[rc] \w[\w./-]+|\w[\w.-]*(\[[\w,-]+\])?)"
     assert [line for line in rest.splitlines() if not re.fullmatch(rf"    # (via( {reason})?|  {reason})", line)] == []
+
+
+@pytest.mark.parametrize("environment", [".venv", ".venv-examples"])
+def test_what_is_installed_takes_every_python_3_11(environment: str) -> None:
+    """A newer patch release than a distribution's own would make `make setup` fail there: Debian 12 has 3.11.2."""
+    folders = [str(path) for path in PROJECT.glob(f"{environment}/lib/python3*/site-packages")]
+    asked = {package.name: package.metadata["Requires-Python"] for package in distributions(path=folders)}
+    assert len(asked) > 1, "run make setup examples"
+    assert {name: text for name, text in asked.items() if text and OLDEST_PYTHON not in SpecifierSet(text)} == {}
 
 
 def test_what_is_imported_is_what_is_installed() -> None:
