@@ -9,41 +9,56 @@ from inference_api.logs import LineWriter, access_line, timestamp, trace_id
 from inference_api.metrics import Metrics
 from inference_api.worker.wsgi import Exchange
 
+MAX_ENTRIES = 256
+"""So many requests are told of at once, whatever there is to do."""
+
 log = logging.getLogger("inference_api.worker")
 
 _NO_ENVIRON: dict[str, Any] = {}
 
 
 class Journal:
-    """Gathers the requests of a turn, and tells of them at its end. For the I/O thread alone."""
+    """Gathers the requests that have been answered, and tells of them together. For the I/O thread alone."""
 
     def __init__(self, settings: Settings, writer: LineWriter, metrics: Metrics) -> None:
         self._metrics = metrics if settings.metrics else None
         self._writer = writer
         self._has_lines = settings.access_log and logging.getLogger().isEnabledFor(logging.INFO)
-        self._entries: list[tuple[Exchange, int]] = []
+        self._entries: list[tuple[Exchange, int, float]] = []
+        self._is_batch = False  # the last of them came with a batch
 
-    def record(self, exchange: Exchange) -> None:
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to tell of."""
+        return not self._entries
+
+    def record(self, exchange: Exchange, now: float) -> None:
         """Tell of a request, whatever has become of it."""
+        exchange.environ = _NO_ENVIRON  # which refers back to the exchange, and holds the body
+        seconds = max(now, exchange.ended) - exchange.arrived  # it may have been run in this very turn
         # With its status of now: of one that is given up, the application may still set another.
-        self._entries.append((exchange, exchange.status))
+        self._entries.append((exchange, exchange.status, seconds))
+        self._is_batch = exchange.waited_seconds > 0.0
 
-    def write(self, now: float) -> None:
-        """Count the requests, and hand their lines to the writer: a turn has ended."""
+    def write_after_turn(self) -> None:
+        """The same as `write`, but not yet after a batch: its clients ask again, and the next batch waits for that."""
+        if not self._is_batch or len(self._entries) >= MAX_ENTRIES:
+            self.write()
+
+    def write(self) -> None:
+        """Count the requests, and hand their lines to the writer."""
         if self._entries:
             try:
-                self._write(now)
+                self._write()
             except Exception:
                 log.exception("requests are missing in the access log and the metrics")
             self._entries.clear()
 
-    def _write(self, now: float) -> None:
+    def _write(self) -> None:
         stamp = timestamp(time.time())
         lines: list[bytes] = []
-        for exchange, status in self._entries:
-            exchange.environ = _NO_ENVIRON  # which refers back to the exchange, and holds the body
+        for exchange, status, seconds in self._entries:
             started = exchange.started
-            seconds = max(now, exchange.ended) - exchange.arrived  # it may have been run in this very turn
             wait_seconds = started - exchange.arrived if started else None
             if self._metrics is not None:
                 self._metrics.record(exchange.path, exchange.method, status, seconds, wait_seconds)

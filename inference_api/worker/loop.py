@@ -118,7 +118,10 @@ class Loop:
         """Serve until the worker has left: after `request_stop`, and what was begun is finished."""
         os.register_at_fork(after_in_child=self._forked)
         self._get_pool.grow(1)
-        self._role.serve()
+        try:
+            self._role.serve()
+        finally:
+            self._journal.write()
 
     def request_stop(self) -> None:
         """Shut down or leave soon; called in a signal handler."""
@@ -135,9 +138,12 @@ class Loop:
         outbox = self._outbox
         outbox.is_asleep = True
         is_due = outbox.pieces or outbox.resumed or self._ready or self._lifecycle.stop_requested or not may_wait
-        events = self._selector.select(0.0 if is_due else max(0.0, self._next_tick - time.monotonic()))
+        may_sleep = not is_due and self._journal.is_empty
+        events = self._selector.select(max(0.0, self._next_tick - time.monotonic()) if may_sleep else 0.0)
         outbox.is_asleep = False
         self._now = time.monotonic()
+        if not events and not is_due:
+            self._journal.write()
         knocked: list[socket.socket] = []
         for first in range(0, len(events), CONNECTIONS_AT_ONCE):
             knocked += self._read(events[first : first + CONNECTIONS_AT_ONCE])
@@ -157,7 +163,7 @@ class Loop:
             self._next_tick = self._now
         if self._now >= self._next_tick:
             self._tick()
-        self._journal.write(self._now)
+        self._journal.write_after_turn()
 
     def _guarded(self, step: Callable[[Connection], None], connection: Connection) -> None:
         try:
@@ -189,7 +195,7 @@ class Loop:
                 if is_last and not exchange.is_done:  # it was not run
                     self._shed(connection, exchange, "deadline")
                 elif data is None:
-                    self._journal.record(exchange)
+                    self._journal.record(exchange, self._now)
                     self._close(connection)
                 elif self._send(connection, data) and is_last:
                     answered.append(exchange)
@@ -295,6 +301,7 @@ class Loop:
             self._connections.hold(connection, exchange.body_bytes)
         if exchange.method in ("GET", "HEAD"):  # health never waits behind predictions
             exchange.is_get = True
+            self._journal.write()  # whoever asks for the metrics finds there what has been answered before
             exchange.environ["inference_api.state"] = self._lifecycle.state
             if len(self._get_pool.jobs) < self._settings.max_pending:
                 self._get_pool.submit(exchange)
@@ -369,7 +376,7 @@ class Loop:
 
     def _answered(self, connection: Connection, exchange: Exchange) -> None:
         """The last byte of an answer is with the socket, or in `output`."""
-        self._journal.record(exchange)
+        self._journal.record(exchange, self._now)
         connection.must_close = not exchange.keep_alive
         if connection.output:
             connection.phase = Phase.WRITING
@@ -417,7 +424,7 @@ class Loop:
         if is_connected:
             self._answered(connection, exchange)
         else:
-            self._journal.record(exchange)
+            self._journal.record(exchange, self._now)
 
     # The beginning and the end of connections.
 
@@ -442,7 +449,7 @@ class Loop:
             if connection.phase is Phase.RUNNING:
                 exchange.status = GONE_STATUS
                 self._metrics.count("requests_gone")
-                self._journal.record(exchange)
+                self._journal.record(exchange, self._now)
                 if exchange.started and not exchange.is_get and not exchange.is_done:
                     self._orphans.add(exchange)
         self._close(connection)
@@ -482,6 +489,7 @@ class Loop:
 
     def _tick(self) -> None:
         now, pool = self._now, self._pool
+        self._journal.write()
         for connection in [c for c in self._connections if c.expires <= now]:
             self._guarded(self._expire, connection)
         self._connections.resume()
@@ -518,7 +526,7 @@ class Loop:
             self._metrics.count("requests_timed_out")
             log.warning("deadline passed", extra={**exchange.log_fields, "started": bool(exchange.started)})
             if exchange.room is not None:  # part of the answer is out
-                self._journal.record(exchange)
+                self._journal.record(exchange, self._now)
                 self._close(connection)
             else:
                 detail = f"The answer took longer than {self._settings.request_timeout:g} seconds."
