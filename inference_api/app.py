@@ -4,8 +4,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -136,45 +135,38 @@ class Service:
 
     def load(self) -> None:
         """Load the models and serve them from now on; raises ModelError."""
-        self._load()
+        self.schemas = load_schemas(self.settings)
         self._serve()
 
-    def load_and_warm_up(self) -> None:
-        """The same in a thread of a process that serves meanwhile: a failure ends the process."""
-        with _or_exit():
-            self._load()
-            self._warm_up()
-            self._serve()
+    def prepare(self) -> None:
+        """Do what each worker does before it serves: load the models, if that is still to do, and warm them up.
 
-    def warm_up(self) -> None:
-        """Let the models prepare what each worker needs of its own, in a thread: a failure ends the process."""
-        with _or_exit():
-            self._warm_up()
-
-    def _warm_up(self) -> None:
+        Raises ModelError.
+        """
+        is_loaded = bool(self.schemas)
+        if not is_loaded:
+            self.schemas = load_schemas(self.settings)
         for spec, schema in zip(self.settings.models, self.schemas, strict=True):
             with progress("warming up model", model=str(spec)):
                 prepare(spec, schema.model, "warm_up")
+        if not is_loaded:
+            self._serve()
 
-    def _load(self) -> None:
-        self.schemas = load_schemas(self.settings)
+    def prepare_or_exit(self) -> None:
+        """The same in a thread: a failure ends the process."""
+        try:
+            self.prepare()
+        except BaseException as exc:
+            is_ours = isinstance(exc, ModelError)
+            log.critical("cannot start: %s", exc, exc_info=None if is_ours else exc)
+            print(f"inference_api: {exc}", file=sys.stderr, flush=True)  # noqa: T201 - for whoever starts it by hand
+            logging.shutdown()  # os._exit() would not let the last line out
+            os._exit(APP_LOAD_ERROR)
 
     def _serve(self) -> None:
         if self.settings.threads == THREADS_BY_MODEL and any(_batches(self.settings, s) for s in self.schemas):
             self.threads = self.settings.max_batch_size
         self._app = create_app(self.settings, self.schemas, shared_metrics(self.settings.model_paths))
-
-
-@contextmanager
-def _or_exit() -> Iterator[None]:
-    try:
-        yield
-    except BaseException as exc:
-        is_ours = isinstance(exc, ModelError)
-        log.critical("cannot start: %s", exc, exc_info=None if is_ours else exc)
-        print(f"inference_api: {exc}", file=sys.stderr, flush=True)  # noqa: T201 - for whoever starts it by hand
-        logging.shutdown()  # os._exit() would not let the last line out
-        os._exit(APP_LOAD_ERROR)
 
 
 def get_app() -> Service:
@@ -187,5 +179,5 @@ def get_app() -> Service:
     if service.settings.preload:
         service.load()
     else:
-        threading.Thread(target=service.load_and_warm_up, name="model-loader", daemon=True).start()
+        threading.Thread(target=service.prepare_or_exit, name="model-loader", daemon=True).start()
     return service

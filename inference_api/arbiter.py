@@ -4,18 +4,20 @@ import gc
 import logging
 import mmap
 import os
+import signal
 import socket
 import sys
 import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+from select import PIPE_BUF
 from typing import Any
 
 from gunicorn.errors import HaltServer
 
 from inference_api import __version__
-from inference_api.app import Service, get_app
+from inference_api.app import APP_LOAD_ERROR, Service
 from inference_api.config import Settings, SettingsError, read_settings
 from inference_api.metrics import shared_metrics
 from inference_api.model import ModelError
@@ -23,6 +25,8 @@ from inference_api.model import ModelError
 HEARTBEAT_SECONDS = 1.0
 LAST_THREAD_SECONDS = 1.0
 """How long a thread that has been joined may still be seen: the kernel ends it a little later."""
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 
 log = logging.getLogger("inference_api")
 
@@ -68,7 +72,7 @@ class Hooks:
         service = worker.wsgi
         if not (self.settings.preload and isinstance(service, Service)):
             return
-        warm_up = threading.Thread(target=service.warm_up, name="warm-up", daemon=True)
+        warm_up = threading.Thread(target=service.prepare_or_exit, name="warm-up", daemon=True)
         warm_up.start()
         while warm_up.is_alive() and worker.alive:
             worker.notify()
@@ -142,6 +146,50 @@ def _announce_stop(arbiter: Any) -> None:
     arbiter.stop = announced_stop
 
 
+def _rehearse(arbiter: Any, service: Service) -> None:
+    """Let a child do what new workers are about to do before they serve; raises ModelError where it fails.
+
+    Gunicorn lets the old workers go as soon as it has forked the new ones, and ends the service when one cannot load.
+    """
+    readable, writable = os.pipe()
+    pid = os.fork()
+    if not pid:
+        _prepare_and_exit(service, writable)
+
+    def stop(number: int, frame: Any) -> None:  # what is rehearsed may never end
+        os.kill(pid, signal.SIGKILL)
+        arbiter.signal(number, frame)
+
+    try:
+        for number in STOP_SIGNALS:
+            signal.signal(number, stop)
+        _, status = os.waitpid(pid, 0)
+        arbiter.init_signals()
+        os.set_blocking(readable, False)
+        if status:
+            with suppress(BlockingIOError):  # it has ended without a word
+                raise ModelError(os.read(readable, PIPE_BUF).decode(errors="replace"))
+            raise ModelError(f"MODELS: a process that prepared them ended with {os.waitstatus_to_exitcode(status)}")
+    finally:
+        os.close(readable)
+        os.close(writable)
+
+
+def _prepare_and_exit(service: Service, failure_fd: int) -> None:
+    code = APP_LOAD_ERROR
+    try:
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        service.prepare()
+        code = 0
+    except ModelError as exc:
+        os.write(failure_fd, str(exc).encode(errors="replace")[:PIPE_BUF])
+    except BaseException:
+        log.exception("preparing the models failed")
+    finally:
+        os._exit(code)  # without waiting for threads that the models have started
+
+
 def _guard_reload(arbiter: Any, started: Settings) -> None:
     """Reload (SIGHUP) only what can be reloaded: otherwise the old workers serve on, and the log says why."""
     reload = arbiter.reload
@@ -152,19 +200,20 @@ def _guard_reload(arbiter: Any, started: Settings) -> None:
             settings = read_settings()
             if (settings.host, settings.port) != (started.host, started.port):
                 raise SettingsError("HOST and PORT are not allowed to change at a reload: start the service anew")
-            service = None
+            service = Service(settings)
             if settings.preload:
                 try:
-                    service = get_app()
+                    service.load()
                 finally:
                     arbiter.init_signals()  # a model may set handlers of its own while it is loaded
                 require_one_thread()
+            _rehearse(arbiter, service)
         except Exception as exc:
             is_ours = isinstance(exc, SettingsError | ModelError)
             log.exception("reload refused, the old workers serve on: %s", exc, exc_info=None if is_ours else exc)
             return
-        arbiter.app.callable = service
+        arbiter.app.callable = service if settings.preload else None
         reload()
-        log.info("reloaded", extra=_effective(settings, service))
+        log.info("reloaded", extra=_effective(settings, arbiter.app.callable))
 
     arbiter.reload = guarded_reload

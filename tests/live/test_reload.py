@@ -18,7 +18,7 @@ RELOADS = 10
 RECYCLED_REQUESTS = 10_000
 
 MODELS = r"""
-import pathlib, threading
+import os, pathlib, threading
 
 class Weights:
     name, version = "weights", "1.0.0"
@@ -33,6 +33,15 @@ class Weights:
             thread = threading.Thread(target=threading.Event().wait, args=(3,), daemon=True)
             thread.start()
         self.much = bytearray(b"1" * 20 * 2**20)
+
+    def warm_up(self):
+        if self.weights == "cold":
+            raise ValueError("it stays cold")
+        if self.weights == "crashes":
+            os.abort()
+        if self.weights == "hangs":
+            pathlib.Path(__file__).with_name("hanging").touch()
+            threading.Event().wait()
 
     def predict(self, text: str) -> str:
         return self.weights
@@ -168,6 +177,40 @@ def test_a_failed_reload_leaves_the_old_workers_serving(service: Service) -> Non
         traffic.goes_on()
     assert traffic.lost == []
     assert service.post("/predict", {"text": "x" * 100}).status == 413
+
+
+@pytest.mark.parametrize("preload", ["true", "false"])
+def test_a_reload_whose_workers_could_not_serve_is_refused(tmp_path: Path, preload: str) -> None:
+    """What each worker does for itself is tried before the old workers go: warming up, and loading without PRELOAD."""
+    (tmp_path / "weights").write_text("first")
+    reasons = {
+        "damaged": "MODELS: predict=models:Weights: load() failed: ValueError: the weights are damaged",
+        "cold": "MODELS: predict=models:Weights: warm_up() failed: ValueError: it stays cold",
+        "crashes": "MODELS: a process that prepared them ended with -6",
+    }
+    with running(tmp_path, MODELS, MODELS="predict=models:Weights", PRELOAD=preload) as service:
+        with Traffic(service) as traffic:
+            for weights, reason in reasons.items():
+                (tmp_path / "weights").write_text(weights)
+                assert refused_reload(service) == reason
+                assert served(service) == "first"
+            traffic.goes_on()
+        assert traffic.lost == []
+        (tmp_path / "weights").write_text("second")
+        reload(service)
+        wait_for(lambda: service.get("/health").status == 200, WAIT_SECONDS)
+        assert served(service) == "second"
+
+
+def test_a_reload_that_hangs_does_not_hold_up_the_shutdown(service: Service) -> None:
+    """SIGTERM ends what would warm up for ever, and then the service."""
+    (service.folder / "weights").write_text("hangs")
+    service.signal(signal.SIGHUP)
+    wait_for((service.folder / "hanging").exists, WAIT_SECONDS)
+    assert served(service) == "first"
+    service.signal(signal.SIGTERM)
+    assert service.process.wait(WAIT_SECONDS) == 0
+    assert lines(service, "reload refused")
 
 
 def test_a_reload_that_starts_threads_is_refused(service: Service) -> None:
