@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
+from benchmarks.attacks import ATTACKS, under
 from benchmarks.environments import PROJECT, WORK, program
 from benchmarks.load import at_rate, wrk
 from benchmarks.peers.models import CALL_SECONDS
-from benchmarks.servers import OURS, Server, batching_servers, digits_servers, running, service
+from benchmarks.servers import OURS, Server, attacked_servers, batching_servers, digits_servers, running, service
 
 MAIN_CONNECTIONS = 16
 MANY_CONNECTIONS = (1, 16, 64, 256)
@@ -124,6 +125,21 @@ def overload(rounds: int, seconds: int) -> list[dict[str, float]]:
         )
         print(f"  {found[-1]}", flush=True)
     return found
+
+
+def attacks(names: set[str]) -> dict[str, dict[str, dict[str, float]]]:
+    """server → attack → how /health fares meanwhile; each on a server of its own."""
+    found: defaultdict[str, dict[str, dict[str, float]]] = defaultdict(dict)
+    for name, attack in ATTACKS.items():
+        for server in attacked_servers():
+            if server.name in names:
+                with running(server) as target:
+                    found[server.name][name] = under(attack, target)
+                print(
+                    f"  {server.name}, {attack.attackers} clients {attack.title}: {found[server.name][name]}",
+                    flush=True,
+                )
+    return dict(found)
 
 
 def soak(requests: int = SOAK_REQUESTS) -> dict[str, Any]:

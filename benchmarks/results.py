@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.attacks import ATTACK_SECONDS, ATTACKS, PROBE_TIMEOUT_SECONDS
 from benchmarks.measures import ideal
 from benchmarks.servers import SERVERS
 
@@ -56,6 +57,7 @@ def rows(results: Results) -> list[Row]:
     return [
         *_throughput_rows(Medians(results["hello"])),
         *_overload_rows(results.get("overload", [])),
+        *_attack_rows(results.get("attacks", {})),
         *_batching_rows(Medians(results.get("batching", {}))),
         *_digits_rows(Medians(results.get("digits", {}))),
         *_lone_rows(Medians(results.get("lone", {}))),
@@ -99,6 +101,14 @@ def _overload_rows(rounds: list[dict[str, float]]) -> list[Row]:
         Row(what, f"{good:,.0f}; {peak:,.0f}", good / peak, "×", AT_LEAST, 0.95),
         Row("99th percentile of `/health` meanwhile", f"{health:.2f} ms", health, " ms", LESS, 10.0),
     ]
+
+
+def _attack_rows(attacks: dict[str, dict[str, dict[str, float]]]) -> list[Row]:
+    if not attacks:
+        return []
+    worst = max(figures["health_p99_ms"] for figures in attacks["ours"].values())
+    what = "99th percentile of `/health` under the worst of the attacks below"
+    return [Row(what, f"{worst:.2f} ms", worst, " ms", LESS, 50.0)]
 
 
 def _batching_rows(batching: Medians) -> list[Row]:
@@ -195,12 +205,33 @@ def markdown(results: Results) -> str:
                 "|---|---|---|---|---|",
                 *_samples(results[section], names | {"fastapi": "FastAPI, a call a request"}),
             ]
+    if "attacks" in results:
+        lines += _attack_lines(results["attacks"])
     lines += ["", "## Versions", ""]
     for name, versions in results["versions"].items():
         lines.append(f"- {name}: " + ", ".join(f"{package} {version}" for package, version in versions.items()))
     for name, reason in results["left_out"].items():
         lines.append(f"- {name} was left out: {reason}")
     return "\n".join(lines) + "\n"
+
+
+def _attack_lines(attacks: dict[str, dict[str, dict[str, float]]]) -> list[str]:
+    lines = [
+        *("", "## Clients that misbehave", ""),
+        f"How long `/health` takes, on a new connection each time, while so many clients misbehave (median, 99th "
+        f"percentile; what takes {PROBE_TIMEOUT_SECONDS:g} s is given up), and how many connections are held after "
+        f"{ATTACK_SECONDS} s.",
+        "",
+        "| clients | " + " | ".join(TITLES[server] for server in attacks) + " |",
+        "|---" * (1 + len(attacks)) + "|",
+    ]
+    for name, attack in ATTACKS.items():
+        cells = [
+            f"{of[name]['health_p50_ms']:,.1f} ms, {of[name]['health_p99_ms']:,.1f} ms; {of[name]['held']:,.0f} held"
+            for of in attacks.values()
+        ]
+        lines.append(f"| {attack.attackers:,} {attack.title} | " + " | ".join(cells) + " |")
+    return lines
 
 
 def _samples(section: dict[str, Any], titles: dict[str, str]) -> list[str]:

@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +183,16 @@ def digits_servers() -> list[Server]:
         Server(
             "fastapi", "FastAPI, a call a request", "digits", _fastapi("digits", "fastapi_digits"), weights, **common
         ),
+    ]
+
+
+def attacked_servers() -> list[Server]:
+    """Those of SERVERS that answer /large too."""
+    models = {"MODELS": "predict=inference_api.model:DummyModel,large=benchmarks.peers.models:LargeModel"}
+    named = {server.name: server for server in SERVERS}
+    return [
+        *(replace(named[name], variables=named[name].variables | models) for name in ("ours", "gthread")),
+        named["fastapi"],
     ]
 
 

@@ -3,6 +3,8 @@
 from fastapi import FastAPI
 from pydantic import BaseModel, Field
 
+from benchmarks.peers.models import LARGE_CHARACTERS
+
 app = FastAPI()
 
 
@@ -23,3 +25,8 @@ async def health() -> dict[str, str]:
 @app.post("/predict")
 async def predict(body: Input) -> Output:
     return Output(input=body.text, prediction=f"predicted({body.text})")
+
+
+@app.post("/large")
+async def large(body: Input) -> Output:
+    return Output(input=body.text, prediction="a" * LARGE_CHARACTERS)

@@ -3,6 +3,8 @@
 import time
 
 CALL_SECONDS = 0.005
+LARGE_CHARACTERS = 4_000_000
+"""More than the buffers of two sockets take."""
 
 
 class SleepingModel:
@@ -13,6 +15,15 @@ class SleepingModel:
     def predict(self, text: str) -> str:
         time.sleep(CALL_SECONDS)
         return f"predicted({text})"
+
+
+class LargeModel:
+    """Has much to say."""
+
+    name, version = "large", "1.0.0"
+
+    def predict(self, text: str) -> str:
+        return "a" * LARGE_CHARACTERS
 
 
 class BatchModel(SleepingModel):
