@@ -126,6 +126,7 @@ class Loop:
     def request_stop(self) -> None:
         """Shut down or leave soon; called in a signal handler."""
         self._lifecycle.stop_requested = True
+        self._outbox.wake()  # the signal itself may have woken it too early
 
     # One turn of the loop, see role.py.
 
