@@ -27,9 +27,10 @@ def _check() -> int:
 
     service = Service(settings_or_exit())
     try:
-        service.load()
         if service.settings.preload:
+            service.load()
             require_one_thread()
+        service.prepare()
     except ModelError as exc:
         print(f"inference_api: {exc}", file=sys.stderr)  # noqa: T201 - for whoever runs it by hand
         return 1
@@ -47,7 +48,9 @@ def main() -> None:
         epilog=_help(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--check", action="store_true", help="check the configuration, load the models, and exit")
+    parser.add_argument(
+        "--check", action="store_true", help="check the configuration, load and warm up the models, and exit"
+    )
     parser.add_argument("--version", action="version", version=__version__)
     if parser.parse_args().check:
         code = _check()

@@ -123,7 +123,9 @@ class Service:
         self.settings = settings
         self.schemas: list[Schema] = []
         self.threads = settings.threads or DEFAULT_THREADS
-        self._app: Callable[[dict[str, Any], StartResponse], Iterable[bytes]] = create_starting_app()
+        self._starting_app = create_starting_app()
+        self._app: Callable[[dict[str, Any], StartResponse], Iterable[bytes]] = self._starting_app
+        self._preparing: threading.Thread | None = None
 
     def __call__(self, environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
         environ["inference_api.start_response"] = start_response  # for an answer that comes later
@@ -138,22 +140,26 @@ class Service:
         self.schemas = load_schemas(self.settings)
         self._serve()
 
-    def prepare(self) -> None:
-        """Do what each worker does before it serves: load the models, if that is still to do, and warm them up.
+    def start_preparing(self) -> threading.Thread:
+        """Do in a thread what each worker does before it serves; /health says so, and a failure ends the process."""
+        if self._preparing is None:
+            if any(getattr(schema.model, "warm_up", None) for schema in self.schemas):
+                self._app = self._starting_app
+            self._preparing = threading.Thread(target=self._prepare_or_exit, name="prepare-models", daemon=True)
+            self._preparing.start()
+        return self._preparing
 
-        Raises ModelError.
-        """
-        is_loaded = bool(self.schemas)
-        if not is_loaded:
+    def prepare(self) -> None:
+        """Load the models, if that is still to do, and warm them up; raises ModelError."""
+        if not self.schemas:
             self.schemas = load_schemas(self.settings)
         for spec, schema in zip(self.settings.models, self.schemas, strict=True):
             with progress("warming up model", model=str(spec)):
                 prepare(spec, schema.model, "warm_up")
-        if not is_loaded:
+        if self._app is self._starting_app:
             self._serve()
 
-    def prepare_or_exit(self) -> None:
-        """The same in a thread: a failure ends the process."""
+    def _prepare_or_exit(self) -> None:
         try:
             self.prepare()
         except BaseException as exc:
@@ -179,5 +185,5 @@ def get_app() -> Service:
     if service.settings.preload:
         service.load()
     else:
-        threading.Thread(target=service.prepare_or_exit, name="model-loader", daemon=True).start()
+        service.start_preparing()
     return service

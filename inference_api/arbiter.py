@@ -19,13 +19,15 @@ from gunicorn.errors import HaltServer
 from inference_api import __version__
 from inference_api.app import APP_LOAD_ERROR, Service
 from inference_api.config import Settings, SettingsError, read_settings
-from inference_api.metrics import shared_metrics
+from inference_api.metrics import SLOTS, shared_metrics
 from inference_api.model import ModelError
 
 HEARTBEAT_SECONDS = 1.0
 LAST_THREAD_SECONDS = 1.0
 """How long a thread that has been joined may still be seen: the kernel ends it a little later."""
 
+POLL_SECONDS = 0.02
+READY = b"\x01"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 
 log = logging.getLogger("inference_api")
@@ -52,14 +54,19 @@ class Hooks:
         # One byte that master and workers share: a worker gets the same SIGTERM when the service is shut down as
         # when the worker alone is replaced, and has to behave differently.
         arbiter.shutdown_flag = mmap.mmap(-1, 1)
+        arbiter.ready_flags = mmap.mmap(-1, SLOTS)  # one for each worker: it has prepared its models
         _announce_stop(arbiter)
         _guard_reload(arbiter, self.settings)
+        _keep_serving(arbiter)
 
     def pre_fork(self, arbiter: Any, worker: Any) -> None:
         worker.settings = self.settings
         worker.shutdown_flag = arbiter.shutdown_flag
         worker.metrics = shared_metrics(self.settings.model_paths)
         worker.metrics_slot = worker.metrics.take_slot()
+        worker.ready_flags = arbiter.ready_flags
+        if isinstance(arbiter.app.callable, Service):  # for gthread; the project's own worker asks the service
+            worker.cfg.set("threads", arbiter.app.callable.threads)
         # What lives now stays: the collector of the child need not look at it, nor unshare its pages.
         gc.collect()
         gc.freeze()
@@ -69,19 +76,26 @@ class Hooks:
         worker.log.in_worker(worker.metrics if self.settings.metrics else None)
 
     def post_worker_init(self, worker: Any) -> None:
-        service = worker.wsgi
-        if not (self.settings.preload and isinstance(service, Service)):
+        if not isinstance(worker.wsgi, Service):
+            worker.ready_flags[worker.metrics_slot] = True
             return
-        warm_up = threading.Thread(target=service.prepare_or_exit, name="warm-up", daemon=True)
-        warm_up.start()
-        while warm_up.is_alive() and worker.alive:
+        preparing = worker.wsgi.start_preparing()
+
+        def announce() -> None:
+            preparing.join()
+            worker.ready_flags[worker.metrics_slot] = True
+
+        threading.Thread(target=announce, name="announce", daemon=True).start()
+        # The first workers answer 503 meanwhile; where others serve, requests are better left to them.
+        while READY in worker.ready_flags and preparing.is_alive() and worker.alive:
             worker.notify()
-            warm_up.join(HEARTBEAT_SECONDS)
+            preparing.join(HEARTBEAT_SECONDS)
 
     def worker_exit(self, _arbiter: Any, worker: Any) -> None:
         worker.log.close()
 
     def child_exit(self, _arbiter: Any, worker: Any) -> None:
+        worker.ready_flags[worker.metrics_slot] = False
         worker.metrics.free_slot(worker.metrics_slot)
 
     def pre_exec(self, arbiter: Any) -> None:
@@ -134,7 +148,12 @@ def _require_address(cfg: Any) -> None:
 
 
 def _announce_stop(arbiter: Any) -> None:
-    stop = arbiter.stop
+    queue_signal, stop = arbiter.signal, arbiter.stop
+    arbiter.is_stopping = False  # as soon as the signal is there, which may have to wait for its turn
+
+    def announced_signal(number: int, frame: Any) -> None:
+        arbiter.is_stopping |= number in STOP_SIGNALS
+        queue_signal(number, frame)
 
     def announced_stop(graceful: bool = True) -> None:
         arbiter.shutdown_flag[0] = 1
@@ -143,30 +162,41 @@ def _announce_stop(arbiter: Any) -> None:
                 stop(graceful)
                 return
 
-    arbiter.stop = announced_stop
+    arbiter.signal, arbiter.stop = announced_signal, announced_stop
+
+
+def _keep_serving(arbiter: Any) -> None:
+    """Let workers that are replaced go only when those in their place are ready."""
+    manage_workers = arbiter.manage_workers
+
+    def patient_manage_workers() -> None:
+        while len(arbiter.WORKERS) > arbiter.num_workers and not arbiter.is_stopping:
+            if all(arbiter.ready_flags[worker.metrics_slot] for worker in arbiter.WORKERS.values()):
+                break
+            time.sleep(POLL_SECONDS)
+            arbiter.reap_workers()
+            arbiter.murder_workers()
+        manage_workers()
+
+    arbiter.manage_workers = patient_manage_workers
 
 
 def _rehearse(arbiter: Any, service: Service) -> None:
     """Let a child do what new workers are about to do before they serve; raises ModelError where it fails.
 
-    Gunicorn lets the old workers go as soon as it has forked the new ones, and ends the service when one cannot load.
+    In a worker that would end the service.
     """
     readable, writable = os.pipe()
     pid = os.fork()
     if not pid:
         _prepare_and_exit(service, writable)
-
-    def stop(number: int, frame: Any) -> None:  # what is rehearsed may never end
-        os.kill(pid, signal.SIGKILL)
-        arbiter.signal(number, frame)
-
     try:
-        for number in STOP_SIGNALS:
-            signal.signal(number, stop)
-        _, status = os.waitpid(pid, 0)
-        arbiter.init_signals()
-        os.set_blocking(readable, False)
-        if status:
+        while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
+            if arbiter.is_stopping:  # what is rehearsed may never end
+                os.kill(pid, signal.SIGKILL)
+            time.sleep(POLL_SECONDS)
+        if status := ended[1]:
+            os.set_blocking(readable, False)
             with suppress(BlockingIOError):  # it has ended without a word
                 raise ModelError(os.read(readable, PIPE_BUF).decode(errors="replace"))
             raise ModelError(f"MODELS: a process that prepared them ended with {os.waitstatus_to_exitcode(status)}")

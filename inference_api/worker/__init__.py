@@ -119,5 +119,10 @@ class Worker(BaseWorker):  # type: ignore[misc] # Gunicorn has no types
     def handle_quit(self, sig: int, frame: Any) -> None:
         """SIGQUIT and SIGINT: end at once."""
         self.alive = False
-        signal.signal(sig, signal.SIG_IGN)
+        for stopping in (
+            signal.SIGINT,
+            signal.SIGQUIT,
+            signal.SIGTERM,
+        ):  # Ctrl-C comes from the terminal and the master
+            signal.signal(stopping, signal.SIG_IGN)
         sys.exit(0)

@@ -337,7 +337,7 @@ def test_a_batched_answer_has_the_headers_of_any_other(service: Service) -> None
 
 def test_a_stock_worker_batches_too(tmp_path: Path) -> None:
     """Every client gets its own answer from it, and batches are shared."""
-    with running(tmp_path, MODELS, MODELS=SERVED, WORKER_CLASS="gthread", THREADS="8") as service:
+    with running(tmp_path, MODELS, MODELS=SERVED, WORKER_CLASS="gthread") as service:
         texts = [*(f"text-{number}" for number in range(30)), "unfit", "broken", "short"]
         answers = together(service, [{"text": text} for text in texts])
         assert all(is_answer_to(text, answer) for text, answer in zip(texts, answers, strict=True))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.live.service import START_SECONDS, WAIT_SECONDS, Service, memory, running, wait_for
+from tests.live.service import START_SECONDS, WAIT_SECONDS, Service, is_problem, memory, running, wait_for
 
 MIB = 1_048_576
 WEIGHTS_BYTES = 200 * 1_000_000
@@ -169,6 +169,23 @@ def shows_progress(service: Service) -> bool:
 
 def progress(service: Service) -> list[dict[str, object]]:
     return [line for line in service.log() if "seconds" in line and "model" in line]
+
+
+@pytest.mark.parametrize(("model", "preload"), [("Slow", "false"), ("SlowToWarmUp", "true")])
+def test_the_first_workers_say_that_they_start(tmp_path: Path, model: str, preload: str) -> None:
+    """While there is nobody else to serve: 503 on /health and for predictions, 200 on /health/live."""
+    service = Service(tmp_path, MODELS, MODELS=f"predict=models:{model}", PRELOAD=preload)
+    try:
+        wait_for(lambda: "Booting worker" in service.stdout, START_SECONDS, lambda: service.output)
+        health, live = service.get("/health"), service.get("/health/live")
+        assert (health.status, health.json, live.status) == (503, {"status": "starting"}, 200)
+        assert is_problem(service.post("/predict", {"text": "Hello"}), 503)
+        (tmp_path / "go-on").touch()
+        service.wait_until_ready()
+        assert service.post("/predict", {"text": "Hello"}).status == 200
+        assert service.terminate() == 0
+    finally:
+        service.kill()
 
 
 @pytest.mark.parametrize(("model", "preload"), [("Slow", "false"), ("SlowToWarmUp", "true")])

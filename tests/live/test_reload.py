@@ -18,7 +18,7 @@ RELOADS = 10
 RECYCLED_REQUESTS = 10_000
 
 MODELS = r"""
-import os, pathlib, threading
+import os, pathlib, threading, time
 
 class Weights:
     name, version = "weights", "1.0.0"
@@ -39,6 +39,12 @@ class Weights:
             raise ValueError("it stays cold")
         if self.weights == "crashes":
             os.abort()
+        if self.weights.startswith("slow"):
+            try:  # the rehearsal is not slow
+                pathlib.Path(__file__).with_name(f"{self.weights} rehearsed").touch(exist_ok=False)
+            except FileExistsError:
+                while not pathlib.Path(__file__).with_name(f"{self.weights} may go on").exists():
+                    time.sleep(0.01)
         if self.weights == "hangs":
             pathlib.Path(__file__).with_name("hanging").touch()
             threading.Event().wait()
@@ -188,18 +194,39 @@ def test_a_reload_whose_workers_could_not_serve_is_refused(tmp_path: Path, prelo
         "cold": "MODELS: predict=models:Weights: warm_up() failed: ValueError: it stays cold",
         "crashes": "MODELS: a process that prepared them ended with -6",
     }
-    with running(tmp_path, MODELS, MODELS="predict=models:Weights", PRELOAD=preload) as service:
+    with running(tmp_path, MODELS, MODELS="predict=models:Weights", PRELOAD=preload, ACCESS_LOG="off") as service:
         with Traffic(service) as traffic:
             for weights, reason in reasons.items():
                 (tmp_path / "weights").write_text(weights)
                 assert refused_reload(service) == reason
                 assert served(service) == "first"
             traffic.goes_on()
+            (tmp_path / "weights").write_text("second")
+            reload(service)
+            assert served(service) == "second"
+            traffic.goes_on()
         assert traffic.lost == []
-        (tmp_path / "weights").write_text("second")
-        reload(service)
-        wait_for(lambda: service.get("/health").status == 200, WAIT_SECONDS)
-        assert served(service) == "second"
+
+
+@pytest.mark.parametrize("preload", ["true", "false"])
+def test_old_workers_serve_until_the_new_ones_are_ready(tmp_path: Path, preload: str) -> None:
+    """However long those take to warm up, /health stays 200, and nobody waits for them."""
+    (tmp_path / "weights").write_text("first")
+    variables = {"MODELS": "predict=models:Weights", "WEB_CONCURRENCY": "2", "PRELOAD": preload, "ACCESS_LOG": "off"}
+    with running(tmp_path, MODELS, **variables) as service, Traffic(service) as traffic:
+        (tmp_path / "weights").write_text("slow")
+        service.signal(signal.SIGHUP)
+        wait_for(lambda: len(lines(service, "Booting worker")) == 4, WAIT_SECONDS, lambda: service.output)
+        traffic.goes_on()
+        assert {served(service) for _ in range(32)} == {"first"}
+        assert {service.get("/health").status for _ in range(32)} == {200}
+        assert len(service.workers()) == 4
+        assert lines(service, "reloaded") == []
+        (tmp_path / "slow may go on").touch()
+        wait_for(lambda: len(service.workers()) == 2, WAIT_SECONDS, lambda: service.output)
+        assert {served(service) for _ in range(32)} == {"slow"}
+        traffic.goes_on()
+    assert traffic.lost == []
 
 
 def test_a_reload_that_hangs_does_not_hold_up_the_shutdown(service: Service) -> None:

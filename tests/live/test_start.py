@@ -389,11 +389,17 @@ def test_check(folder: Path) -> None:
             {"MODELS": "a=nowhere:A"},
             "MODELS: a=nowhere:A: cannot import nowhere: ModuleNotFoundError: No module named 'nowhere'",
         ),
+        (
+            {"MODELS": "a=models:FailsToWarmUp"},
+            "MODELS: a=models:FailsToWarmUp: warm_up() failed: OSError: cold",
+        ),
     ],
 )
 def test_a_check_that_fails(folder: Path, variables: dict[str, str], line: str) -> None:
     """It fails as the start would."""
-    assert run(folder, "--check", **variables) == (1, "", f"inference_api: {line}\n")
+    code, told, error = run(folder, "--check", **variables)
+    assert (code, error) == (1, f"inference_api: {line}\n")
+    assert "ok\n" not in told
 
 
 # What is served in the end.
