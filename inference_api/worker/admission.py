@@ -12,6 +12,8 @@ QUICK_SECONDS = 0.0003
 """Requests expected to take less are cheaper to run than to hand to a thread."""
 MARGIN = 0.1
 """The part of the deadline left for what is not foreseen: what is let in should hardly ever be refused later."""
+FORGET_SECONDS = 10.0
+"""After such a lull what was slow is not taken for slow any more: the model, or its inputs, may have changed."""
 SMOOTHING = 1 / 16
 """The weight of the newest service time in the average."""
 
@@ -28,6 +30,7 @@ class Admission:
         self._max_pending = max_pending
         self._longest_seconds = (1 - MARGIN) * request_timeout_seconds
         self._backlog_seconds = 0.0
+        self._busy_at = 0.0
         self._service_seconds: dict[str, float] = {}
         self._guessed: set[str] = set()  # paths of which no request has ended yet: it takes at least that long
         # Where requests wait for a batch: the rest of their service time. It falls while threads of the pool run them,
@@ -108,6 +111,14 @@ class Admission:
             else:
                 wait_seconds += exchange.cost / threads
         return found
+
+    def forget(self, now: float) -> None:
+        """Called now and then: after a lull, forget which paths are slow."""
+        if self._pool.taken:
+            self._busy_at = now
+        elif now - self._busy_at > FORGET_SECONDS:
+            for path in [path for path, seconds in self._service_seconds.items() if seconds > QUICK_SECONDS]:
+                del self._service_seconds[path]
 
     def _guess(self, path: str, seconds: float) -> None:
         known = self._service_seconds.get(path)

@@ -496,6 +496,7 @@ class Loop:
         self._connections.resume()
         if pool.jobs:
             self._shed_hopeless()
+        self._admission.forget(now)
         self._advance_end()
         self._check_threads()
         self._listener.tick(now)

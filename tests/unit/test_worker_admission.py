@@ -5,7 +5,7 @@ from typing import cast
 
 import pytest
 
-from inference_api.worker.admission import MAX_PATHS, Admission
+from inference_api.worker.admission import FORGET_SECONDS, MAX_PATHS, QUICK_SECONDS, Admission
 from inference_api.worker.pool import Pool
 from inference_api.worker.wsgi import Exchange
 from tests.unit import exchanges
@@ -125,6 +125,24 @@ def test_a_service_time_is_averaged() -> None:
         queue.admission.observe(exchange(), 8.0)
     queue.add_many(2)
     assert queue.add() == "deadline"
+
+
+def test_after_a_lull_what_was_slow_is_not_taken_for_slow_any_more() -> None:
+    """It may have been one large array. Not so while something runs, and what is quick stays so."""
+    queue = Queue(threads=1, known_seconds=8.0)
+    queue.admission.observe(exchange("/quick"), QUICK_SECONDS / 2)
+    (running,) = queue.add_many(1)
+    queue.admission.forget(100.0)
+    assert queue.add() == "deadline"
+    queue.pool.taken = 0
+    queue.admission.leave(running)
+    queue.admission.forget(100.0 + FORGET_SECONDS)
+    queue.add_many(1)
+    assert queue.add() == "deadline"
+    queue.pool.taken = 0
+    queue.admission.forget(100.1 + FORGET_SECONDS)
+    queue.add_many(2)
+    assert queue.admission.is_quick(exchange("/quick"))
 
 
 def test_what_is_remembered_is_bounded() -> None:
