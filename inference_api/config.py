@@ -165,7 +165,7 @@ class Settings:
         DEFAULT_MODELS, _models, "what is served where: path=module:Class, several separated by commas"
     )
     max_batch_size: int = _setting(
-        "32", _whole(1, MAX_THREADS), "concurrent requests in one call of predict_batch; 1 turns batching off"
+        "32", _whole(1, MAX_THREADS), "inputs of concurrent requests in one call of predict_batch; 1 turns batching off"
     )
     max_pending: int = _setting("1024", _whole(1, 1_000_000), "requests waiting in one worker before it answers 503")
     max_connections: int = _setting("1000", _whole(1, 1_000_000), "open connections in one worker")
@@ -250,7 +250,7 @@ def _from_file(path: Path) -> dict[str, str]:
     except (OSError, UnicodeDecodeError) as exc:
         raise SettingsError(f".env cannot be read: {exc}") from exc
     for binding in bindings:  # `dotenv_values` would leave out what is wrong: keys with a quote too few, for example
-        if binding.error:
+        if binding.error or (binding.key and binding.value is None):
             text = binding.original.string
             line = binding.original.line + text[: -len(text.lstrip())].count("\n")  # the blank ones before it are in it
             raise SettingsError(f".env: line {line} is not allowed: it must be KEY=value")

@@ -13,6 +13,7 @@ from inference_api.schema import MalformedError, ShapeError
 log = logging.getLogger("inference_api")
 
 NOT_JSON = "The body is not JSON text in UTF-8."
+ENCODED = "The body must have no content coding."
 NOT_FIT = "The body does not fit the schema."
 REFUSED = "The model refused the input."
 FAILED = "The model failed."
@@ -49,7 +50,11 @@ def _http_error(req: falcon.Request, resp: falcon.Response, exc: falcon.HTTPErro
 
 
 def _malformed(req: falcon.Request, resp: falcon.Response, _exc: MalformedError, _params: Any) -> None:
-    answer(req, resp, 400, NOT_JSON)
+    if req.env.get("HTTP_CONTENT_ENCODING"):  # RFC 9110 §15.5.16
+        answer(req, resp, 415, ENCODED)
+        resp.set_header("Accept-Encoding", "identity")
+    else:
+        answer(req, resp, 400, NOT_JSON)
 
 
 def _shape(req: falcon.Request, resp: falcon.Response, exc: ShapeError, _params: Any) -> None:

@@ -1,6 +1,7 @@
 """The contract over HTTP, on the service's own worker and on gthread: what is answered, and what the log has of it."""
 
 import contextlib
+import gzip
 import http.client
 import json
 import re
@@ -570,6 +571,14 @@ def test_content_types_that_are_not(service: Service, media_type: str) -> None:
     """They are refused without a look at the body."""
     headers = {"Content-Type": media_type}
     assert_problem(send(service, "POST", "/predict", b'{"text": "zebra"}', headers), 415, WRONG_TYPE)
+
+
+def test_a_compressed_body(service: Service) -> None:
+    """It is not JSON, but the client shall learn why (RFC 9110 §15.5.16)."""
+    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    answer = send(service, "POST", "/predict", gzip.compress(b'{"text": "zebra"}'), headers)
+    assert_problem(answer, 415, "The body must have no content coding.")
+    assert answer.headers["accept-encoding"] == "identity"
 
 
 POSTED, GOT, SHOWN = "POST, OPTIONS", "GET, HEAD, OPTIONS", "GET, HEAD"

@@ -225,7 +225,7 @@ def test_settings_cannot_be_changed() -> None:
 def test_the_environment_is_stronger_than_the_file(environ: pytest.MonkeyPatch) -> None:
     """`.env` gives what the process's environment does not set, and leaves that as it is."""
     Path(".env").write_text(
-        "# a comment\nPORT=9001\nexport LOG_LEVEL='debug'\nDOCS=off # why\nHOST\nAPI_KEYS=a${PORT}bcdef\n"
+        "# a comment\nPORT=9001\nexport LOG_LEVEL='debug'\nDOCS=off # why\nHOST=\nAPI_KEYS=a${PORT}bcdef\n"
     )
     environ.setenv("PORT", "9002")
     settings = read_settings()
@@ -259,7 +259,9 @@ def test_a_file_that_is_not_text_stops_the_start_with_one_line(environ: pytest.M
         settings_or_exit()
 
 
-@pytest.mark.parametrize("line", ['API_KEYS="correct-horse', "API_KEYS correct-horse", "PORT: 80", "=80"])
+@pytest.mark.parametrize(
+    "line", ['API_KEYS="correct-horse', "API_KEYS correct-horse", "PORT: 80", "=80", "API_KEYS", '"broken']
+)
 def test_a_line_of_the_file_that_sets_nothing_stops_the_start(environ: pytest.MonkeyPatch, line: str) -> None:
     """A slip must not leave the service open to all; the line is named by its number, as it may hold a key."""
     Path(".env").write_text(f"# a comment\n\n{line}\nDOCS=off\n")
