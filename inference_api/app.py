@@ -13,7 +13,7 @@ import falcon
 from inference_api import errors, problems
 from inference_api.batching import Batcher, Direct, Gathering
 from inference_api.config import THREADS_BY_MODEL, Settings, read_settings
-from inference_api.docs import add_docs, openapi, require_get
+from inference_api.docs import add_docs, add_get, openapi
 from inference_api.logs import progress, serving
 from inference_api.metrics import CONTENT_TYPE, Metrics, shared_metrics
 from inference_api.model import ModelError, find_model, prepare
@@ -56,10 +56,9 @@ def create_app(settings: Settings, schemas: Sequence[Schema], metrics: Metrics) 
         )
     if settings.metrics:
         models = {schema.path: (schema.model.name, schema.model.version) for schema in schemas}
-        _add_metrics(app, lambda: metrics.render(models))
-    document = openapi(schemas, with_keys=bool(settings.api_keys), with_metrics=settings.metrics)
+        add_get(app, "/metrics", CONTENT_TYPE, lambda: metrics.render(models))
     if settings.docs:
-        add_docs(app, document)
+        add_docs(app, openapi(schemas, with_keys=bool(settings.api_keys), with_metrics=settings.metrics))
     return app
 
 
@@ -79,15 +78,6 @@ def create_starting_app() -> App:
 def _add_health(app: App, health: Health) -> None:
     app.add_route("/health", health)
     app.add_route("/health/live", health, suffix="live")
-
-
-def _add_metrics(app: App, render: Callable[[], bytes]) -> None:
-    def sink(req: falcon.Request, resp: falcon.Response, **_: Any) -> None:
-        require_get(req)
-        resp.content_type = CONTENT_TYPE
-        resp.data = render()
-
-    app.add_sink(sink, r"/metrics\Z")
 
 
 def _predictor(settings: Settings, schema: Schema, metrics: Metrics) -> Predictor:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
@@ -18,8 +19,10 @@ CONTENT_SECURITY_POLICY = (
 )
 ASSET_CACHE_CONTROL = "public, max-age=3600"
 
+_SECURITY_HEADERS = (("Content-Security-Policy", CONTENT_SECURITY_POLICY), ("X-Content-Type-Options", "nosniff"))
+_JAVASCRIPT = "text/javascript; charset=utf-8"
 _ASSETS = {
-    "swagger-ui-bundle.js": ("swagger_bundle.js", "text/javascript; charset=utf-8"),
+    "swagger-ui-bundle.js": ("swagger_bundle.js", _JAVASCRIPT),
     "swagger-ui.css": ("swagger_style.css", "text/css; charset=utf-8"),
 }
 
@@ -168,10 +171,19 @@ def _example(schema: Schema) -> dict[str, Any]:
     return example
 
 
-def require_get(req: falcon.Request) -> None:
-    """A sink answers every method: refuse those that a page or a document has no answer to."""
-    if req.method not in ("GET", "HEAD"):
-        raise falcon.HTTPMethodNotAllowed(["GET", "HEAD"])
+def add_get(
+    app: "falcon.App[Any, Any]", path: str, media_type: str, content: Callable[[], bytes], *headers: tuple[str, str]
+) -> None:
+    """Serve what `content` returns at this path, to GET and HEAD."""
+
+    def sink(req: falcon.Request, resp: falcon.Response, **_: Any) -> None:  # which gets requests of every method
+        if req.method not in ("GET", "HEAD"):
+            raise falcon.HTTPMethodNotAllowed(["GET", "HEAD"])
+        resp.content_type = media_type
+        resp.data = content()
+        resp.set_headers(headers)
+
+    app.add_sink(sink, re.escape(path) + r"\Z")
 
 
 def add_docs(app: "falcon.App[Any, Any]", document: dict[str, Any]) -> None:
@@ -182,21 +194,12 @@ def add_docs(app: "falcon.App[Any, Any]", document: dict[str, Any]) -> None:
     folder = Path(spec.origin).parent
     encoded = msgspec.json.encode(document)
 
-    def serve(media_type: str, content: Callable[[], bytes], cache_control: str) -> Callable[..., None]:
-        def sink(req: falcon.Request, resp: falcon.Response, **_: Any) -> None:
-            require_get(req)
-            resp.content_type = media_type
-            resp.data = content()
-            resp.set_header("Cache-Control", cache_control)
-            resp.set_header("Content-Security-Policy", CONTENT_SECURITY_POLICY)
-            resp.set_header("X-Content-Type-Options", "nosniff")
+    def add(path: str, media_type: str, content: Callable[[], bytes], cache_control: str) -> None:
+        add_get(app, path, media_type, content, ("Cache-Control", cache_control), *_SECURITY_HEADERS)
 
-        return sink
-
-    javascript = "text/javascript; charset=utf-8"
-    app.add_sink(serve("application/json", lambda: encoded, "no-cache"), r"/openapi\.json\Z")
-    app.add_sink(serve("text/html; charset=utf-8", lambda: _PAGE, "no-cache"), r"/docs/?\Z")
-    app.add_sink(serve(javascript, lambda: _START_SCRIPT, ASSET_CACHE_CONTROL), r"/docs/start\.js\Z")
+    add("/openapi.json", "application/json", lambda: encoded, "no-cache")
+    for path in ("/docs", "/docs/"):
+        add(path, "text/html; charset=utf-8", lambda: _PAGE, "no-cache")
+    add("/docs/start.js", _JAVASCRIPT, lambda: _START_SCRIPT, ASSET_CACHE_CONTROL)
     for name, (file_name, media_type) in _ASSETS.items():
-        path = (folder / file_name).resolve(strict=True)
-        app.add_sink(serve(media_type, path.read_bytes, ASSET_CACHE_CONTROL), rf"/docs/{name.replace('.', r'[.]')}\Z")
+        add(f"/docs/{name}", media_type, (folder / file_name).resolve(strict=True).read_bytes, ASSET_CACHE_CONTROL)
