@@ -12,7 +12,7 @@ import falcon
 
 from inference_api import errors, problems
 from inference_api.batching import Batcher, Direct, Gathering
-from inference_api.config import THREADS_BY_MODEL, Settings, read_settings
+from inference_api.config import Settings, read_settings
 from inference_api.docs import add_docs, add_get, openapi
 from inference_api.logs import progress, serving
 from inference_api.metrics import CONTENT_TYPE, Metrics, shared_metrics
@@ -40,9 +40,7 @@ class _RequestId:
 
 def create_app(settings: Settings, schemas: Sequence[Schema], metrics: Metrics) -> App:
     """The application that serves these models."""
-    app = falcon.App(middleware=[_RequestId()])
-    errors.add_error_handlers(app)
-    _add_health(app, Health())
+    app = _new_app(Health())
     for schema in schemas:
         app.add_route(
             schema.path,
@@ -68,16 +66,17 @@ def create_starting_app() -> App:
     def unavailable(req: falcon.Request, resp: falcon.Response, **_: Any) -> None:
         raise falcon.HTTPServiceUnavailable(description=STARTING, retry_after=errors.RETRY_AFTER_SECONDS)
 
-    app = falcon.App(middleware=[_RequestId()])
-    errors.add_error_handlers(app)
-    _add_health(app, Health("starting"))
+    app = _new_app(Health("starting"))
     app.add_sink(unavailable)
     return app
 
 
-def _add_health(app: App, health: Health) -> None:
+def _new_app(health: Health) -> App:
+    app = falcon.App(middleware=[_RequestId()])
+    errors.add_error_handlers(app)
     app.add_route("/health", health)
     app.add_route("/health/live", health, suffix="live")
+    return app
 
 
 def _predictor(settings: Settings, schema: Schema, metrics: Metrics) -> Predictor:
@@ -104,15 +103,11 @@ def load_schemas(settings: Settings) -> list[Schema]:
 
 
 class Service:
-    """The WSGI application over its whole life: before, while and after its models are loaded.
-
-    `threads` says how many of its requests are worth running at once.
-    """
+    """The WSGI application over its whole life: before, while and after its models are loaded."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.schemas: list[Schema] = []
-        self.threads = settings.threads or DEFAULT_THREADS
         self._starting_app = create_starting_app()
         self._app: Callable[[dict[str, Any], StartResponse], Iterable[bytes]] = self._starting_app
         self._preparing: threading.Thread | None = None
@@ -124,6 +119,12 @@ class Service:
             return self._app(environ, start_response)
         finally:
             serving.environ = None
+
+    @property
+    def threads(self) -> int:
+        """How many requests are worth running at once."""
+        batches = any(_batches(self.settings, schema) for schema in self.schemas)
+        return self.settings.threads or (self.settings.max_batch_size if batches else DEFAULT_THREADS)
 
     def load(self) -> None:
         """Load the models and serve them from now on; raises ModelError."""
@@ -143,9 +144,9 @@ class Service:
         """Load the models, if that is still to do, and warm them up; raises ModelError."""
         if not self.schemas:
             self.schemas = load_schemas(self.settings)
-        for spec, schema in zip(self.settings.models, self.schemas, strict=True):
-            with progress("warming up model", model=str(spec)):
-                prepare(spec, schema.model, "warm_up")
+        for schema in self.schemas:
+            with progress("warming up model", model=str(schema.spec)):
+                prepare(schema.spec, schema.model, "warm_up")
         if self._app is self._starting_app:
             self._serve()
 
@@ -160,8 +161,6 @@ class Service:
             os._exit(APP_LOAD_ERROR)
 
     def _serve(self) -> None:
-        if self.settings.threads == THREADS_BY_MODEL and any(_batches(self.settings, s) for s in self.schemas):
-            self.threads = self.settings.max_batch_size
         self._app = create_app(self.settings, self.schemas, shared_metrics(self.settings.model_paths))
 
 

@@ -21,8 +21,6 @@ LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 SWITCHES = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 MAX_WORKERS = 64
 MAX_THREADS = 1024
-THREADS_BY_MODEL = 0
-"""What `Settings.threads` holds where THREADS is not set: known only once the models are (see `app.Service`)."""
 MAX_SECONDS = 86_400.0
 MASK = "***"
 
@@ -73,7 +71,7 @@ def _workers(text: str) -> int:
 
 
 def _threads(text: str) -> int:
-    return _whole(1, MAX_THREADS)(text) if text else THREADS_BY_MODEL
+    return _whole(1, MAX_THREADS)(text) if text else 0  # known once the models are, see `app.Service`
 
 
 def _seconds(low: float) -> Callable[[str], float]:
@@ -140,7 +138,7 @@ def _api_keys(text: str) -> tuple[bytes, ...]:
 
 
 def _setting(default: str, parse: Callable[[str], Any], meaning: str, *, secret: bool = False) -> Any:
-    return field(repr=not secret, metadata={"default": default, "parse": parse, "meaning": meaning, "secret": secret})
+    return field(repr=not secret, metadata={"default": default, "parse": parse, "meaning": meaning})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,7 +197,7 @@ class Settings:
             try:
                 values[setting.name] = setting.metadata["parse"](text)
             except ValueError as exc:
-                shown = MASK if setting.metadata["secret"] else repr(text[:200])
+                shown = repr(text[:200]) if setting.repr else MASK
                 raise SettingsError(f"{variable}={shown} is not allowed: it must be {exc}") from None
         settings = cls(**values)
         if settings.request_timeout >= settings.graceful_timeout:
@@ -220,16 +218,10 @@ class Settings:
 
     def effective(self) -> dict[str, Any]:
         """Every variable with the value in force, fit for a log line: secrets masked."""
-        shown: dict[str, Any] = {}
-        for setting in fields(self):
-            value = getattr(self, setting.name)
-            if setting.metadata["secret"]:
-                value = MASK if value else ""
-            elif value == THREADS_BY_MODEL and setting.name == "threads":
-                value = ""
-            elif setting.name == "models":
-                value = ",".join(str(spec) for spec in value)
-            shown[setting.name.upper()] = value
+        shown = {setting.name.upper(): getattr(self, setting.name) for setting in fields(self)}
+        shown["THREADS"] = self.threads or ""
+        shown["MODELS"] = ",".join(map(str, self.models))
+        shown["API_KEYS"] = MASK if self.api_keys else ""
         return shown
 
 
@@ -238,10 +230,11 @@ def read_settings() -> Settings:
 
     Raises SettingsError for a bad value.
     """
-    return Settings.from_environ({**_from_file(Path.cwd() / ".env"), **os.environ})
+    return Settings.from_environ({**_from_file(), **os.environ})
 
 
-def _from_file(path: Path) -> dict[str, str]:
+def _from_file() -> dict[str, str]:
+    path = Path(".env")
     try:
         if not path.is_file():
             return {}

@@ -48,6 +48,7 @@ class Schema:
     """
 
     def __init__(self, spec: ModelSpec, model: Model) -> None:
+        self.spec = spec
         self.path = f"/{spec.path}"
         self.model = model
         try:
