@@ -17,7 +17,7 @@ from inference_api.docs import add_docs, add_get, openapi
 from inference_api.logs import progress, serving
 from inference_api.metrics import CONTENT_TYPE, Metrics, shared_metrics
 from inference_api.model import ModelError, find_model, prepare
-from inference_api.resources import Health, Prediction, Predictor
+from inference_api.resources import Health, Prediction
 from inference_api.schema import Schema
 
 DEFAULT_THREADS = 2
@@ -79,7 +79,7 @@ def _new_app(health: Health) -> App:
     return app
 
 
-def _predictor(settings: Settings, schema: Schema, metrics: Metrics) -> Predictor:
+def _predictor(settings: Settings, schema: Schema, metrics: Metrics) -> Direct | Batcher:
     if _batches(settings, schema):
         predict_batch = schema.model.predict_batch  # type: ignore[attr-defined] # optional, see _batches
         gathering = Gathering(settings.max_batch_size)

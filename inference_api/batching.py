@@ -6,7 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence, Set
-from typing import Any, Protocol
+from typing import Any
 
 from inference_api.logs import serving
 from inference_api.model import AbandonedError, InferenceError, UnfitInputError
@@ -24,11 +24,11 @@ _NO_LIST = (str, bytes, Mapping, Set)
 log = logging.getLogger("inference_api")
 
 
-class Caller(Protocol):
-    """The request that a call is made for; the worker's Exchange is one."""
+class Caller:
+    """The request that a call is made for. The worker's Exchange stands in; other servers do not tell of theirs."""
 
-    abandoned: bool  # nobody waits for its answer any more: set by the server
-    is_waiting: bool  # for a batch to begin, and not worth running if its client leaves: for the server
+    abandoned = False  # nobody waits for its answer any more: set by the server
+    is_waiting = False  # for a batch to begin, and not worth running if its client leaves: for the server
 
 
 class Direct:

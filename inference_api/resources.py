@@ -4,34 +4,19 @@ import hmac
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any
 
 import falcon
 
 from inference_api import errors
-from inference_api.batching import Batcher, Call, Caller
+from inference_api.batching import Batcher, Call, Caller, Direct
 from inference_api.logs import serving
 from inference_api.schema import Schema
 
 UNAUTHORIZED = "A valid key is needed: Authorization: Bearer …, or X-API-Key."
-NOT_JSON_TYPE = "The content type must be application/json."
+JSON = "application/json"
+NOT_JSON_TYPE = f"The content type must be {JSON}."
 MAX_LENGTH_DIGITS = 18
-
-
-class _Caller:
-    """Stands for a request under servers that do not tell whether anybody still waits for it."""
-
-    abandoned = is_waiting = False
-
-
-_CALLER = _Caller()
-
-
-class Predictor(Protocol):
-    """What turns a request's inputs into as many outputs, in order; see batching.py."""
-
-    def predict(self, inputs: Sequence[Any], caller: Caller) -> list[Any]:
-        """Raises UnfitInputError, InferenceError or AbandonedError."""
 
 
 class Health:
@@ -104,7 +89,7 @@ class Prediction:
     def __init__(
         self,
         schema: Schema,
-        predictor: Predictor,
+        predictor: Direct | Batcher,
         *,
         api_keys: tuple[bytes, ...],
         max_body_bytes: int,
@@ -123,20 +108,20 @@ class Prediction:
         environ = req.env
         if self._api_keys:
             self._authorize(environ)
-        content_type = environ.get("CONTENT_TYPE")
-        if content_type and content_type != "application/json":
-            _require_json_type(content_type)
+        content_type = environ.get("CONTENT_TYPE") or JSON
+        if content_type != JSON and content_type.partition(";")[0].strip().lower() != JSON:
+            raise falcon.HTTPUnsupportedMediaType(description=NOT_JSON_TYPE)
         schema = self._schema
         inputs, is_array = schema.decode(self._read(environ))
         if is_array:
             req.context["is_array"] = True
         echoes = schema.encode_inputs(inputs)
-        caller = environ.get("inference_api.caller", _CALLER)
-        if self._batcher is not None and caller is not _CALLER and inputs:
+        caller = environ.get("inference_api.caller")
+        if self._batcher is not None and caller is not None and inputs:
             call = self._batcher.call(inputs, caller)
             resp.stream = Later(req, resp, call, lambda outputs: self._answer(echoes, outputs, is_array))
         else:
-            resp.data = self._answer(echoes, self._predictor.predict(inputs, caller), is_array)
+            resp.data = self._answer(echoes, self._predictor.predict(inputs, caller or Caller()), is_array)
 
     def _answer(self, echoes: Sequence[bytes], outputs: Sequence[Any], is_array: bool) -> bytes:
         schema = self._schema
@@ -181,8 +166,3 @@ def _whole(text: str) -> int:
     if not text.isascii() or not text.isdigit():
         raise falcon.HTTPBadRequest
     return int(text) if len(text) <= MAX_LENGTH_DIGITS else sys.maxsize
-
-
-def _require_json_type(content_type: str) -> None:
-    if content_type.partition(";")[0].strip().lower() != "application/json":
-        raise falcon.HTTPUnsupportedMediaType(description=NOT_JSON_TYPE)

@@ -2,10 +2,10 @@
 
 import hmac
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 
+from inference_api.batching import Direct
 from inference_api.model import DummyModel
 from inference_api.resources import Prediction
 from tests.app.client import Client, call, problem
@@ -119,13 +119,6 @@ class Key(bytes):
     startswith = __eq__  # type: ignore[assignment]
 
 
-class NoPredictor:
-    """Says that a request came through."""
-
-    def predict(self, inputs: Any, caller: Any) -> list[Any]:
-        return ["predicted"] * len(inputs)
-
-
 @pytest.mark.parametrize(("sent", "status"), [(KEYS[0], 200), (KEYS[1], 200), ("wrong", 401), ("\xff", 401)])
 def test_keys_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch, sent: str, status: int) -> None:
     """Every key goes through hmac.compare_digest, the right one's followers too, and no key through anything else."""
@@ -142,7 +135,7 @@ def test_keys_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch, sen
         "/predict",
         Prediction(
             schema_of(DummyModel),
-            NoPredictor(),
+            Direct(lambda _text: "predicted"),
             api_keys=tuple(Key(key.encode()) for key in KEYS),
             max_body_bytes=100,
             predicted=lambda path, inputs: None,

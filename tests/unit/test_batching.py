@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inference_api.batching import MAX_GATHER_SECONDS, Batcher, Direct, Gathering
+from inference_api.batching import MAX_GATHER_SECONDS, Batcher, Caller, Direct, Gathering
 from inference_api.logs import serving
 from inference_api.model import AbandonedError, InferenceError, UnfitInputError
 
@@ -108,12 +108,11 @@ class Poisoned:
         return -value
 
 
-class Asked:
+class Asked(Caller):
     """A request that is abandoned once its turn has been looked at as often as `answers` says."""
 
     def __init__(self, *answers: bool) -> None:
         self._answers = list(answers)
-        self.is_waiting = False
 
     @property
     def abandoned(self) -> bool:
