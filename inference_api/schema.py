@@ -1,7 +1,7 @@
 """A model's signature as its schema: what a request must look like, and what an answer does."""
 
 import inspect
-import math
+import json
 import re
 import typing
 from collections.abc import Callable, Collection, Sequence
@@ -65,14 +65,12 @@ class Schema:
         except Exception as exc:  # annotations are anybody's code
             raise ModelError(f"MODELS: {spec}: the signature of predict() cannot be a schema: {exc}") from exc
         self._encode = msgspec.json.Encoder().encode
-        self._value: Callable[[Any], Any] = attrgetter(self.names[0]) if len(self.names) == 1 else self._as_dict
-        self.call: Callable[[Any], Any] = model.predict if len(self.names) == 1 else self._call_by_name
-
-    def _as_dict(self, fields: Any) -> dict[str, Any]:
-        return {name: getattr(fields, name) for name in self.names}
-
-    def _call_by_name(self, arguments: dict[str, Any]) -> Any:
-        return self.model.predict(**arguments)
+        self._value: Callable[[Any], Any]
+        self.call: Callable[[Any], Any]
+        if len(self.names) == 1:
+            self._value, self.call = attrgetter(self.names[0]), model.predict
+        else:
+            self._value, self.call = msgspec.structs.asdict, lambda arguments: model.predict(**arguments)
 
     def decode(self, body: bytes) -> tuple[list[Any], bool]:
         """The inputs that a body holds, and whether it was an array.
@@ -115,7 +113,7 @@ class Schema:
         except Exception as exc:
             raise InferenceError(f"{self.model.name}: the output is not what predict() promises") from exc
         # msgspec writes NaN and the infinities as null, where the return annotation may allow null.
-        if encoded.find(b"null") >= 0 and not _is_finite(msgspec.to_builtins(output)):
+        if b"null" in encoded and not _is_finite(output):
             raise InferenceError(f"{self.model.name}: the output holds NaN or Infinity, which JSON has not")
         return encoded
 
@@ -161,20 +159,18 @@ def _check_nesting(body: bytes) -> None:
         raise MalformedError
 
 
-def _is_finite(value: Any) -> bool:
-    values = [value]
-    while values:
-        value = values.pop()
-        if isinstance(value, float) and not math.isfinite(value):
-            return False
-        values.extend(_contents(value))
-    return True
-
-
 def _contents(value: Any) -> Collection[Any]:
     if isinstance(value, dict):
         return value.values()
-    return value if isinstance(value, list | tuple | set | frozenset) else ()
+    return value if isinstance(value, list) else ()
+
+
+def _is_finite(output: Any) -> bool:
+    try:
+        json.dumps(msgspec.to_builtins(output, str_keys=True), allow_nan=False)
+    except ValueError:
+        return False
+    return True
 
 
 def _signature(model: Model) -> tuple[list[tuple[Any, ...]], Any, bool]:
