@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from json.encoder import encode_basestring_ascii as quoted
@@ -36,8 +36,9 @@ FLUSH_SECONDS = 1.0
 PROGRESS_SECONDS = 5.0
 
 _STANDARD_ATTRIBUTES = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
-_TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?")
-_VERSION_00_CHARACTERS = 55
+_TRACEPARENT = re.compile(  # of version 00 nothing follows the flags, and there is no version ff
+    r"(?!ff|00.{54})[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?"
+)
 
 
 class _Serving(threading.local):
@@ -50,11 +51,8 @@ serving = _Serving()
 
 def trace_id(traceparent: str | None) -> str | None:
     """The trace id of a valid traceparent header (W3C Trace Context §3.2), else None."""
-    if not traceparent or not (match := _TRACEPARENT.fullmatch(traceparent)):
-        return None
-    if traceparent.startswith("00") and len(traceparent) != _VERSION_00_CHARACTERS:
-        return None
-    return match[1]
+    match = _TRACEPARENT.fullmatch(traceparent or "")
+    return match[1] if match else None
 
 
 def timestamp(seconds: float) -> str:
@@ -177,7 +175,7 @@ class LineWriter:
         self._thread = threading.Thread(target=self._run, name="log-writer", daemon=True)
         self._thread.start()
 
-    def write(self, lines: Iterable[bytes]) -> None:
+    def write(self, lines: list[bytes]) -> None:
         """Take whole lines, each at most MAX_LINE_BYTES long."""
         if self._thread is None:
             for line in lines:
@@ -187,7 +185,7 @@ class LineWriter:
             if not self._wake.is_set():
                 self._wake.set()
         else:
-            self.dropped += sum(1 for _ in lines)
+            self.dropped += len(lines)
 
     def close(self) -> None:
         """Write what is left, for at most FLUSH_SECONDS."""
@@ -212,17 +210,13 @@ class LineWriter:
             self.dropped += 1
 
     def _run(self) -> None:
-        while not self._closing:
+        while self._lines or not self._closing:
             self._wake.wait()
             if not self._closing:
                 time.sleep(GATHER_SECONDS)  # a write for many lines, and few switches between threads
             self._wake.clear()
-            self._write_all()
-        self._write_all()  # what has come between the last look and the end
-
-    def _write_all(self) -> None:
-        while self._lines:
-            self._write_some()
+            while self._lines:
+                self._write_some()
 
     def _write_some(self) -> None:
         chunk: list[bytes] = []
@@ -280,34 +274,30 @@ class Logger(glogging.Logger):  # type: ignore[misc] # Gunicorn has no types
     What a model, or a library below it, prints goes to stderr, so that it never stands between the lines.
     """
 
-    writer: LineWriter | None = None
-    metrics: Metrics | None = None
+    def __init__(self, cfg: Any) -> None:
+        _open_closed_descriptors()
+        self.writer = LineWriter(os.dup(1))
+        self.metrics: Metrics | None = None
+        os.dup2(2, 1)
+        sys.stdout = sys.stderr
+        super().__init__(cfg)
 
     def in_worker(self, metrics: Metrics | None) -> None:
         """Called in a worker, after the fork: lines are written by a thread from now on, requests counted."""
         self.metrics = metrics
-        if self.writer is not None:
-            self.writer.start()
+        self.writer.start()
 
     def close(self) -> None:
         """Write what is left; called as the last thing in a worker."""
-        if self.writer is not None:
-            self.writer.close()
+        self.writer.close()
 
     def restore_stdout(self) -> None:
         """Give stdout back its descriptor, for the program that this process is about to become."""
-        if self.writer is not None:
-            os.dup2(self.writer.fd, 1)
+        os.dup2(self.writer.fd, 1)
 
     def setup(self, cfg: Any) -> None:
         """Called by Gunicorn at the start and at every reload."""
         self.cfg = cfg
-        if self.writer is None:
-            _open_closed_descriptors()
-            log_fd = os.dup(1)
-            os.dup2(2, 1)
-            sys.stdout = sys.stderr
-            self.writer = LineWriter(log_fd)
         root = logging.getLogger()
         root.handlers = [_Handler(self.writer)]
         root.setLevel(cfg.loglevel.upper())
@@ -326,7 +316,7 @@ class Logger(glogging.Logger):  # type: ignore[misc] # Gunicorn has no types
             self.metrics.record_threadsafe(
                 environ.get("PATH_INFO", ""), environ["REQUEST_METHOD"], status, seconds, None
             )
-        if self.cfg.accesslog and self.writer is not None and logging.getLogger().isEnabledFor(logging.INFO):
+        if self.cfg.accesslog and logging.getLogger().isEnabledFor(logging.INFO):
             line = access_line(
                 timestamp(time.time()),
                 headers.get("x-request-id"),
@@ -343,9 +333,6 @@ class Logger(glogging.Logger):  # type: ignore[misc] # Gunicorn has no types
     def reopen_files(self) -> None:
         """There are none: lines go to stdout."""
 
-    def close_on_exec(self) -> None:
-        """There is nothing to close: os.dup() makes descriptors that are not inherited (PEP 446)."""
-
 
 def _open_closed_descriptors() -> None:
     """Started without stdin, stdout or stderr, the next files to be opened would take their places."""
@@ -357,7 +344,7 @@ def _open_closed_descriptors() -> None:
 
 
 @contextmanager
-def progress(message: str, **fields: str) -> Any:
+def progress(message: str, **fields: str) -> Iterator[None]:
     """Log a line every PROGRESS_SECONDS while the block runs."""
     started = time.monotonic()
     ended = threading.Event()
