@@ -313,9 +313,7 @@ class Logger(glogging.Logger):  # type: ignore[misc] # Gunicorn has no types
         status = int(str(resp.status).split(None, 1)[0])
         seconds = request_time.total_seconds()
         if self.metrics is not None:
-            self.metrics.record_threadsafe(
-                environ.get("PATH_INFO", ""), environ["REQUEST_METHOD"], status, seconds, None
-            )
+            self.metrics.record_threadsafe(environ.get("PATH_INFO", ""), environ["REQUEST_METHOD"], status, seconds)
         if self.cfg.accesslog and logging.getLogger().isEnabledFor(logging.INFO):
             line = access_line(
                 timestamp(time.time()),

@@ -5,7 +5,7 @@ import mmap
 import threading
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, takewhile
 
 import prometheus_client
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily
@@ -69,7 +69,6 @@ class Metrics:
     """
 
     def __init__(self, paths: Sequence[str]) -> None:
-        self._routes = frozenset((*paths, *ROUTES))
         self._models = {path: _MODELS + place * _MODEL_CELLS for place, path in enumerate(paths)}
         # (route, method, status) → its cell, and the first cell of the route's durations
         self._index: dict[tuple[str, str, int], tuple[int, int]] = {}
@@ -80,10 +79,8 @@ class Metrics:
                 for status in (*STATUSES, OTHER_STATUS):
                     self._index[route, method, status] = end, durations
                     end += 1
-        memory = memoryview(mmap.mmap(-1, 8 * (SLOTS * end + 1))).cast("d")  # zeros; a page costs nothing until touched
+        memory = memoryview(mmap.mmap(-1, 8 * SLOTS * end)).cast("d")  # zeros; a page costs nothing until touched
         self._rows = [memory[slot * end : (slot + 1) * end] for slot in range(SLOTS)]
-        self._slots_used = memory[SLOTS * end :]
-        self._slots_used[0] = 1
         self._row = self._rows[0]
         self._lock = threading.Lock()
 
@@ -92,7 +89,7 @@ class Metrics:
         for slot, row in enumerate(self._rows):
             if not row[_WORKERS]:
                 row[_WORKERS] = 1
-                self._slots_used[0] = max(self._slots_used[0], slot + 1)
+                row[_STARTS] += 1
                 return slot
         raise RuntimeError(f"more than {SLOTS} worker processes at once")
 
@@ -104,9 +101,7 @@ class Metrics:
     def attach(self, slot: int) -> None:
         """In the worker after the fork: count in this slot, which `take_slot` gave, from now on."""
         self._zero_gauges(slot)
-        self._lock = threading.Lock()
         self._row = self._rows[slot]
-        self.count("worker_starts")
 
     def _zero_gauges(self, slot: int) -> None:
         # Not _WORKERS, which is the master's: were it 0 for a moment, the master might give the slot away again.
@@ -128,17 +123,15 @@ class Metrics:
             row[_WAIT + _SECONDS_SUM] += wait_seconds
 
     def _other(self, path: str, method: str, status: int) -> tuple[int, int]:
-        if path not in self._routes:
+        if (path, OTHER, OTHER_STATUS) not in self._index:
             path = "/docs" if path.startswith("/docs/") else OTHER
         status = status if status in STATUSES else OTHER_STATUS
         return self._index[path, method if method in METHODS else OTHER, status]
 
-    def record_threadsafe(
-        self, path: str, method: str, status: int, duration_seconds: float, wait_seconds: float | None
-    ) -> None:
-        """The same from any thread, provided that all use this one."""
+    def record_threadsafe(self, path: str, method: str, status: int, duration_seconds: float) -> None:
+        """The same from any thread, provided that all use this one, under a server that does not tell of waits."""
         with self._lock:
-            self.record(path, method, status, duration_seconds, wait_seconds)
+            self.record(path, method, status, duration_seconds, None)
 
     def predicted(self, path: str, inputs: int) -> None:
         """Count the inputs of a request that the model has predicted; from any thread."""
@@ -170,8 +163,9 @@ class Metrics:
 
     def render(self, models: Mapping[str, tuple[str, str]]) -> bytes:
         """The metrics of all workers as CONTENT_TYPE; `models` gives each path's model, its name and version."""
-        rows = [row.tolist() for row in self._rows[: int(self._slots_used[0])]]
-        cells = [sum(column) for column in zip(*rows, strict=True)]
+        # The lowest free slot is always the next: above the first that was never taken none was.
+        used = (self._rows[0], *takewhile(lambda row: row[_STARTS], self._rows[1:]))
+        cells = [sum(column) for column in zip(*(row.tolist() for row in used), strict=True)]
         return prometheus_client.generate_latest(_Families(self._families(cells, models)))
 
     def _families(

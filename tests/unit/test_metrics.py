@@ -317,12 +317,12 @@ class YieldingRow:
     ("count", "series", "value"),
     [
         (
-            lambda metrics: metrics.record_threadsafe("/predict", "POST", 200, 0.25, 0.25),
+            lambda metrics: metrics.record_threadsafe("/predict", "POST", 200, 0.25),
             'requests_total{method="POST",model="dummy",route="/predict",status="200"}',
             200,
         ),
         (
-            lambda metrics: metrics.record_threadsafe("/predict", "POST", 200, 0.25, 0.25),
+            lambda metrics: metrics.record_threadsafe("/predict", "POST", 200, 0.25),
             'request_duration_seconds_sum{route="/predict"}',
             50,
         ),
