@@ -2,7 +2,8 @@
 
 import importlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, Protocol
 
@@ -99,17 +100,13 @@ def find_model(spec: ModelSpec) -> Model:
 
     Raises ModelError, in one line that names the model, where that fails.
     """
-    try:
+    with _failing_as(spec, f"cannot import {spec.module}"):
         module = importlib.import_module(spec.module)
-    except (Exception, SystemExit) as exc:
-        raise ModelError(f"MODELS: {spec}: cannot import {spec.module}: {_quoted(exc)}") from exc
     cls = getattr(module, spec.class_name, None)
     if not isinstance(cls, type):
         raise ModelError(f"MODELS: {spec}: {spec.module} has no class {spec.class_name}")
-    try:
+    with _failing_as(spec, f"{spec.class_name}() failed"):
         model: Model = cls()
-    except (Exception, SystemExit) as exc:
-        raise ModelError(f"MODELS: {spec}: {spec.class_name}() failed: {_quoted(exc)}") from exc
     for attribute in ("name", "version"):
         value = getattr(model, attribute, None)
         if not isinstance(value, str) or not _NAME.fullmatch(value):
@@ -126,13 +123,14 @@ def find_model(spec: ModelSpec) -> Model:
 def prepare(spec: ModelSpec, model: Model, step: str) -> None:
     """Run the model's `load` or `warm_up`, where it has one; raises ModelError where that fails."""
     method = getattr(model, step, None)
-    if method is None:
-        return
+    if method is not None:
+        with _failing_as(spec, f"{step}() failed"):
+            method()
+
+
+@contextmanager
+def _failing_as(spec: ModelSpec, what: str) -> Iterator[None]:
     try:
-        method()
+        yield
     except (Exception, SystemExit) as exc:
-        raise ModelError(f"MODELS: {spec}: {step}() failed: {_quoted(exc)}") from exc
-
-
-def _quoted(exc: BaseException) -> str:
-    return f"{type(exc).__name__}: {exc}"
+        raise ModelError(f"MODELS: {spec}: {what}: {type(exc).__name__}: {exc}") from exc
