@@ -12,22 +12,14 @@ from inference_api.config import Settings, settings_or_exit
 GUNICORN_CONFIG = Path(__file__).resolve().parent.parent / "gunicorn.conf.py"
 
 
-def _help() -> str:
-    lines = ["environment variables (also read from .env in the working folder):"]
-    for variable, default, meaning in Settings.variables():
-        lines.append(f"  {variable}={default}")
-        lines.append(f"      {meaning}")
-    return "\n".join(lines)
-
-
-def _check() -> int:
+def _check(settings: Settings) -> int:
     from inference_api.app import Service
     from inference_api.arbiter import require_one_thread
     from inference_api.model import ModelError
 
-    service = Service(settings_or_exit())
+    service = Service(settings)
     try:
-        if service.settings.preload:
+        if settings.preload:
             service.load()
             require_one_thread()
         service.prepare()
@@ -42,22 +34,24 @@ def _check() -> int:
 
 def main() -> None:
     """Parse the command line, check the configuration, and hand over to Gunicorn."""
+    variables = (f"  {variable}={default}\n      {meaning}" for variable, default, meaning in Settings.variables())
     parser = argparse.ArgumentParser(
         prog="python -m inference_api",
         description="Serve the models of MODELS over HTTP. Everything is set by environment variables.",
-        epilog=_help(),
+        epilog="\n".join(["environment variables (also read from .env in the working folder):", *variables]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--check", action="store_true", help="check the configuration, load and warm up the models, and exit"
     )
     parser.add_argument("--version", action="version", version=__version__)
-    if parser.parse_args().check:
-        code = _check()
+    check = parser.parse_args().check
+    settings = settings_or_exit()
+    if check:
+        code = _check(settings)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)  # a normal end would wait for threads that the models may have started
-    settings_or_exit()
     if not os.environ.get("WEB_CONCURRENCY", "").strip():
         os.environ.pop("WEB_CONCURRENCY", None)  # Gunicorn reads it when it is imported, and takes no empty one
     from gunicorn.app.wsgiapp import WSGIApplication
