@@ -72,22 +72,6 @@ _HEADERS = {
 }
 
 
-class FieldError(msgspec.Struct):
-    pointer: str
-    detail: str
-
-
-class Problem(msgspec.Struct):
-    """Problem details (RFC 9457)."""
-
-    type: str
-    title: str
-    status: int
-    detail: str
-    request_id: str
-    errors: list[FieldError] | msgspec.UnsetType = msgspec.UNSET
-
-
 class Status(msgspec.Struct):
     """The state of the service."""
 
@@ -96,7 +80,7 @@ class Status(msgspec.Struct):
 
 def openapi(schemas: Sequence[Schema], *, with_keys: bool, with_metrics: bool) -> dict[str, Any]:
     """The OpenAPI 3.1 document of the service."""
-    types = [Problem, Status, *(t for schema in schemas for t in (schema.request_type, schema.answer_type))]
+    types = [problems.Problem, Status, *(t for schema in schemas for t in (schema.request_type, schema.answer_type))]
     (problem, status, *model_types), components = msgspec.json.schema_components(types, ref_template=REFERENCE)
     paths = {
         "/health": _get("health", "Ready for requests.", "application/json", status),

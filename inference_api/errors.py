@@ -8,6 +8,7 @@ import falcon
 
 from inference_api import problems
 from inference_api.model import AbandonedError, InferenceError, UnfitInputError
+from inference_api.problems import FieldError
 from inference_api.schema import MalformedError, ShapeError
 
 log = logging.getLogger("inference_api")
@@ -32,55 +33,51 @@ _DETAILS = {
 _OWN_DESCRIPTIONS = frozenset({401, 413, 415, 503})  # raised by this package only, see resources.py
 
 
-def answer(
-    req: falcon.Request, resp: falcon.Response, status: int, detail: str, errors: list[dict[str, str]] | None = None
-) -> None:
-    """Make `resp` a problem."""
+def _answer(req: falcon.Request, resp: falcon.Response, status: int, detail: str, *errors: FieldError) -> None:
     resp.status = f"{status} {problems.title(status)}"
     resp.content_type = problems.MEDIA_TYPE
-    resp.data = problems.problem(status, detail, problems.request_id(req.env), errors)
+    resp.data = problems.problem(status, detail, problems.request_id(req.env), *errors)
 
 
 def _http_error(req: falcon.Request, resp: falcon.Response, exc: falcon.HTTPError, _params: Any) -> None:
     status = exc.status_code
-    if exc.headers:
-        resp.set_headers(dict(exc.headers))
+    resp.set_headers(exc.headers or {})
     detail = exc.description if status in _OWN_DESCRIPTIONS else _DETAILS.get(status)
-    answer(req, resp, status, detail or problems.title(status))
+    _answer(req, resp, status, detail or problems.title(status))
 
 
 def _malformed(req: falcon.Request, resp: falcon.Response, _exc: MalformedError, _params: Any) -> None:
     if req.env.get("HTTP_CONTENT_ENCODING"):  # RFC 9110 §15.5.16
-        answer(req, resp, 415, ENCODED)
+        _answer(req, resp, 415, ENCODED)
         resp.set_header("Accept-Encoding", "identity")
     else:
-        answer(req, resp, 400, NOT_JSON)
+        _answer(req, resp, 400, NOT_JSON)
 
 
 def _shape(req: falcon.Request, resp: falcon.Response, exc: ShapeError, _params: Any) -> None:
-    answer(req, resp, 422, NOT_FIT, [{"pointer": exc.pointer, "detail": exc.detail}])
+    _answer(req, resp, 422, NOT_FIT, FieldError(exc.pointer, exc.detail))
 
 
 def _unfit(req: falcon.Request, resp: falcon.Response, exc: UnfitInputError, _params: Any) -> None:
     pointer = f"/{exc.index}" if req.context.get("is_array") else ""
     # The words are the model's own, but what is not text in UTF-8 could not be sent.
     words = str(exc)[:MAX_MESSAGE_CHARACTERS].encode(errors="replace").decode()
-    answer(req, resp, 422, REFUSED, [{"pointer": pointer, "detail": words or REFUSED}])
+    _answer(req, resp, 422, REFUSED, FieldError(pointer, words or REFUSED))
 
 
 def _inference(req: falcon.Request, resp: falcon.Response, exc: InferenceError, _params: Any) -> None:
     log.error("inference failed", exc_info=exc, extra={"path": req.path})
-    answer(req, resp, 500, FAILED)
+    _answer(req, resp, 500, FAILED)
 
 
 def _abandoned(req: falcon.Request, resp: falcon.Response, _exc: AbandonedError, _params: Any) -> None:
-    answer(req, resp, 503, ABANDONED)
+    _answer(req, resp, 503, ABANDONED)
     resp.retry_after = RETRY_AFTER_SECONDS
 
 
 def _unexpected(req: falcon.Request, resp: falcon.Response, exc: Exception, _params: Any) -> None:
     log.error("request failed", exc_info=exc, extra={"path": req.path})
-    answer(req, resp, 500, INTERNAL)
+    _answer(req, resp, 500, INTERNAL)
 
 
 _HANDLERS: dict[type[Exception], Callable[[falcon.Request, falcon.Response, Any, Any], None]] = {

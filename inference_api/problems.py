@@ -19,17 +19,25 @@ def title(status: int) -> str:
     return _TITLES.get(status) or HTTPStatus(status).phrase
 
 
-def problem(status: int, detail: str, request_id: str, errors: list[dict[str, str]] | None = None) -> bytes:
-    """A problem+json body; `errors` are `{"pointer": JSON pointer (RFC 6901), "detail": words}`."""
-    members: dict[str, Any] = {
-        "type": "about:blank",
-        "title": title(status),
-        "status": status,
-        "detail": detail,
-        "request_id": request_id,
-    }
-    if errors:
-        members["errors"] = errors
+class FieldError(msgspec.Struct):
+    pointer: str  # RFC 6901
+    detail: str
+
+
+class Problem(msgspec.Struct):
+    """Problem details (RFC 9457)."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    request_id: str
+    errors: list[FieldError] | msgspec.UnsetType = msgspec.UNSET
+
+
+def problem(status: int, detail: str, request_id: str, *errors: FieldError) -> bytes:
+    """A problem+json body."""
+    members = Problem("about:blank", title(status), status, detail, request_id, list(errors) or msgspec.UNSET)
     return msgspec.json.encode(members)
 
 

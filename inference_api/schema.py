@@ -113,7 +113,7 @@ class Schema:
         except Exception as exc:
             raise InferenceError(f"{self.model.name}: the output is not what predict() promises") from exc
         # msgspec writes NaN and the infinities as null, where the return annotation may allow null.
-        if b"null" in encoded and not _is_finite(output):
+        if encoded.find(b"null") >= 0 and not _is_finite(output):
             raise InferenceError(f"{self.model.name}: the output holds NaN or Infinity, which JSON has not")
         return encoded
 

@@ -19,7 +19,7 @@ def test_a_problem_is_exactly_this() -> None:
 
 def test_errors_stand_at_the_end() -> None:
     """Bad input is told by pointer, and by words."""
-    body = problems.problem(422, "No.", "abc", [{"pointer": "/numbers/1", "detail": "Expected `int`"}])
+    body = problems.problem(422, "No.", "abc", problems.FieldError("/numbers/1", "Expected `int`"))
     assert body.endswith(b',"request_id":"abc","errors":[{"pointer":"/numbers/1","detail":"Expected `int`"}]}')
     assert list(json.loads(body)) == ["type", "title", "status", "detail", "request_id", "errors"]
 
