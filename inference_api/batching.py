@@ -190,7 +190,7 @@ class Batcher:
         self._waiting: deque[tuple[Call, int]] = deque()  # inputs by their call and their place in it
         self._has_thread = False
         self._enough = 0  # how many inputs the thread waits for; 0 where it does not
-        self._gathered = threading.Event()
+        self._gathered = threading.Condition(self._lock)
 
     def call(self, inputs: Sequence[Any], caller: Caller) -> Call:
         """A call that is yet to begin; `inputs` has at least one."""
@@ -208,7 +208,7 @@ class Batcher:
             self._waiting.extend([(call, index) for index in range(len(call.inputs))])
             if 0 < self._enough <= len(self._waiting):
                 self._enough = 0
-                self._gathered.set()
+                self._gathered.notify()
 
     def _serve(self) -> None:
         while True:
@@ -230,12 +230,8 @@ class Batcher:
 
     def _wait(self, enough: int, seconds: float | None) -> None:
         with self._lock:
-            if len(self._waiting) >= enough:
-                return
             self._enough = enough
-            self._gathered.clear()
-        self._gathered.wait(seconds)
-        with self._lock:
+            self._gathered.wait_for(lambda: len(self._waiting) >= enough, seconds)
             self._enough = 0
 
     def _work(self) -> None:
