@@ -80,15 +80,15 @@ def _new_app(health: Health) -> App:
 
 
 def _predictor(settings: Settings, schema: Schema, metrics: Metrics) -> Direct | Batcher:
-    if _batches(settings, schema):
-        predict_batch = schema.model.predict_batch  # type: ignore[attr-defined] # optional, see _batches
-        gathering = Gathering(settings.max_batch_size)
-        return Batcher(predict_batch, schema.call, gathering, observe=partial(metrics.batched, schema.path))
-    return Direct(schema.call, thread_safe=getattr(schema.model, "thread_safe", True))
+    predict_batch = _predict_batch(settings, schema)
+    if predict_batch is None:
+        return Direct(schema.call, thread_safe=getattr(schema.model, "thread_safe", True))
+    gathering = Gathering(settings.max_batch_size)
+    return Batcher(predict_batch, schema.call, gathering, observe=partial(metrics.batched, schema.path))
 
 
-def _batches(settings: Settings, schema: Schema) -> bool:
-    return settings.max_batch_size > 1 and hasattr(schema.model, "predict_batch")
+def _predict_batch(settings: Settings, schema: Schema) -> Callable[[list[Any]], Sequence[Any]] | None:
+    return getattr(schema.model, "predict_batch", None) if settings.max_batch_size > 1 else None
 
 
 def load_schemas(settings: Settings) -> list[Schema]:
@@ -123,7 +123,7 @@ class Service:
     @property
     def threads(self) -> int:
         """How many requests are worth running at once."""
-        batches = any(_batches(self.settings, schema) for schema in self.schemas)
+        batches = any(_predict_batch(self.settings, schema) is not None for schema in self.schemas)
         return self.settings.threads or (self.settings.max_batch_size if batches else DEFAULT_THREADS)
 
     def load(self) -> None:

@@ -94,3 +94,18 @@ def test_a_request_is_freed_with_its_answer(service: Service, text: str) -> None
         wait_for(lambda: kept() is None)  # the batcher's thread may still be about to let it go
     finally:
         gc.enable()
+
+
+class Alone(fakes.BatchOfPicky):
+    """Does without the batches of its base class."""
+
+    predict_batch = None  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(("model", "threads", "is_later"), [(fakes.BatchOfPicky, 32, True), (Alone, 2, False)])
+def test_a_model_whose_predict_batch_is_none_has_none(model: type, threads: int, is_later: bool) -> None:
+    """Its inputs are predicted at once, by as many threads as without."""
+    service = Service(Settings.from_environ({"MODELS": str(spec_of(model, "predict"))}))
+    service.load()
+    assert service.threads == threads
+    assert isinstance(Call(service, "fit", Caller()).result, Later) == is_later
