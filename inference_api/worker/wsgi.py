@@ -73,9 +73,9 @@ class Exchange:
 
     __slots__ = (
         "_headers", "_is_bodiless", "_is_chunked", "_left", "_server", "_status_line", "_waiting_since", "abandoned",
-        "arrived", "body_bytes", "connection", "cost", "deadline", "ended", "environ", "is_begun", "is_done", "is_get",
-        "is_http11", "is_waiting", "keep_alive", "later", "method", "model", "path", "place", "produced_bytes",
-        "request_id", "room", "sent_bytes", "started", "status", "traceparent", "waited_seconds",
+        "arrived", "body_bytes", "connection", "cost", "deadline", "ended", "environ", "is_done", "is_get", "is_http11",
+        "is_waiting", "keep_alive", "later", "method", "model", "path", "place", "produced_bytes", "request_id", "room",
+        "sent_bytes", "started", "status", "traceparent", "waited_seconds",
     )  # fmt: skip
 
     def __init__(
@@ -94,13 +94,12 @@ class Exchange:
         self.is_waiting = False  # for a batch to begin, see batching.py
         self.place: threading.Lock | None = None  # reserved in the pool, for one that the I/O thread runs
         self.abandoned = False
-        self.is_begun = False  # a piece of the answer has been handed to the I/O thread
-        self.is_done = False  # the last piece has
+        self.is_done = False  # the last piece of the answer has been handed to the I/O thread
         self.status = 0
         self.model: str | None = None
         self.arrived = self.deadline = self.started = self.ended = self.cost = self.waited_seconds = 0.0
         self.produced_bytes = self.sent_bytes = 0
-        self.room: threading.Event | None = None
+        self.room: threading.Event | None = None  # for more of an answer that is sent in pieces, once it has begun
         self._status_line: str | None = None
         self.later: Later | None = None  # the answer, while it is yet to come and no thread waits for it
         self._is_chunked = False
@@ -165,7 +164,7 @@ class Exchange:
         """PEP 3333's start_response; raises AssertionError or ValueError for what an application may not do."""
         if exc_info is not None:
             try:
-                if self.is_begun:
+                if self.is_done or self.room is not None:
                     raise exc_info[1].with_traceback(exc_info[2])
             finally:
                 exc_info = None  # breaks the reference cycle, as PEP 3333 asks
@@ -205,11 +204,13 @@ class Exchange:
         excess = b""
         if self.abandoned:
             raise GoneError
+        if self.is_done:
+            raise AssertionError("write() was called after the end of the answer")
         if not isinstance(data, bytes):
             raise TypeError("a piece of the body is not bytes")
         if not data:
             return
-        piece = b"" if self.is_begun else self._stream_head()
+        piece = self._stream_head() if self.room is None else b""
         if not self._is_bodiless:
             if self._left is not None:
                 data, excess = data[: self._left], data[self._left :]
@@ -222,12 +223,12 @@ class Exchange:
 
     def _finish(self, result: Iterable[bytes]) -> None:
         """Send all of what the application returned."""
-        if not self.is_begun and (type(result) is list or (isinstance(result, Sized) and len(result) == 1)):
+        if self.room is None and (type(result) is list or (isinstance(result, Sized) and len(result) == 1)):
             self._send_whole(b"".join(result))  # that is all of it
             return
         for data in result:
             self.write(data)
-        if not self.is_begun:
+        if self.room is None:
             self._send_whole(b"")
         elif self._left and not self._is_bodiless:
             raise ValueError("the body is shorter than its Content-Length")
@@ -238,7 +239,7 @@ class Exchange:
         """End the answer after a failure: with a problem where nothing has been sent, else cut off."""
         if self.is_done:
             return
-        if not self.is_begun:
+        if self.room is None:
             self._end(problem_answer(self, 500, FAILED))
         else:
             self._end(b"" if self._left == 0 else None)  # all that was promised has come, or not
@@ -262,7 +263,6 @@ class Exchange:
                 headers = [*headers, ("Transfer-Encoding", "chunked")]
             else:
                 self.keep_alive = False
-        self.is_begun = True
         self.room = threading.Event()
         return head(status, headers, self)
 
@@ -278,7 +278,7 @@ class Exchange:
         return status
 
     def _end(self, data: bytes | None) -> None:
-        self.is_begun = self.is_done = True
+        self.is_done = True
         self._server.deliver(self, data, True)
 
     def _deliver(self, data: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Answers that come later: what the application returns rather than make a thread wait."""
+"""Exchanges by themselves: answers that come later, rather than make a thread wait, and what comes too late."""
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -110,3 +110,18 @@ def test_an_answer_may_become_another_as_long_as_nothing_has_been_sent(is_deferr
     assert data is not None and is_last
     assert data.startswith(b"HTTP/1.1 500 ") and b"x-failed: yes" in data and data.endswith(b"\r\n\r\nsorry")
     assert b"content-type" not in data
+
+
+def test_nothing_is_sent_after_the_end() -> None:
+    """Not even by the application's close(): the connection may be on another request by then."""
+
+    class Writing(Later):
+        def close(self) -> None:
+            super().close()
+            request.write(b"more")
+
+    application, server, request = Application(), Server(), exchange()
+    application.later = Writing()
+    request.run(application, request.environ, server)
+    assert is_hello(server)
+    assert application.later.is_closed
