@@ -21,23 +21,24 @@ class Outbox:
         self._wake_fd = wake_fd
 
     def deliver(self, exchange: Exchange, data: bytes | None, is_last: bool) -> None:
-        """Hand a piece of an answer to the I/O thread; from any thread."""
+        """Hand a piece of an answer to the I/O thread, from any thread.
+
+        None: the answer cannot be completed and is to be cut off, or the exchange was not run.
+        """
         if is_last:
             exchange.ended = time.monotonic()
         self.pieces.append((exchange, data, is_last))
         if self.is_asleep:
-            self.is_asleep = False
-            self.wake()
+            self._wake()
 
     def resume(self, exchange: Exchange) -> None:
         """Have the I/O thread run an exchange again; from any thread."""
         self.resumed.append(exchange)
         if self.is_asleep:
-            self.is_asleep = False
-            self.wake()
+            self._wake()
 
-    def wake(self) -> None:
-        """End the I/O thread's sleep."""
+    def _wake(self) -> None:
+        self.is_asleep = False
         with suppress(BlockingIOError):  # the pipe is full of reasons to wake
             os.write(self._wake_fd, b".")
 

@@ -17,6 +17,7 @@ from inference_api import problems
 
 if TYPE_CHECKING:
     from inference_api.worker.connection import Connection
+    from inference_api.worker.pool import Outbox
 
 SERVER = "inference-api"
 MAX_STREAM_BYTES = 1_048_576
@@ -43,18 +44,6 @@ class GoneError(Exception):
     """Nobody waits for the rest of a streamed answer: the client has gone, or the deadline has passed."""
 
 
-class Server(Protocol):
-    """What an application thread needs of the server."""
-
-    closing: bool
-
-    def deliver(self, exchange: "Exchange", data: bytes | None, is_last: bool) -> None:
-        """Hand a piece of an answer to the I/O thread; None: the answer cannot be completed, cut it off."""
-
-    def resume(self, exchange: "Exchange") -> None:
-        """Have an exchange run on that is deferred."""
-
-
 class Later(Protocol):
     """What an application may return rather than make a thread wait: an iterable whose items are still to come."""
 
@@ -72,7 +61,7 @@ class Exchange:
     """
 
     __slots__ = (
-        "_headers", "_is_bodiless", "_is_chunked", "_left", "_server", "_status_line", "_waiting_since", "abandoned",
+        "_headers", "_is_bodiless", "_is_chunked", "_left", "_outbox", "_status_line", "_waiting_since", "abandoned",
         "arrived", "body_bytes", "connection", "cost", "deadline", "ended", "environ", "is_done", "is_get", "is_http11",
         "is_waiting", "keep_alive", "later", "method", "model", "path", "place", "produced_bytes", "request_id", "room",
         "sent_bytes", "started", "status", "traceparent", "waited_seconds",
@@ -112,13 +101,13 @@ class Exchange:
         """What a log line about this exchange has to say which one it was."""
         return {"request_id": self.request_id, "method": self.method, "path": self.path}
 
-    def run(self, application: Application, environ: dict[str, Any], server: Server) -> None:
+    def run(self, application: Application, environ: dict[str, Any], outbox: "Outbox") -> None:
         """Call the application and send what it gives; its close() is always called. Never raises.
 
         Where the answer is to come `later`, and the I/O thread runs this, it returns before: `begin` then has the
         answer made, and this is to be called again to send it.
         """
-        self._server = server
+        self._outbox = outbox
         try:
             if self.later is None:
                 result = application(environ, self.start_response)
@@ -150,9 +139,9 @@ class Exchange:
         return True
 
     def begin(self) -> None:
-        """Have made what is to come later; the server is told to `resume` once it is there."""
+        """Have made what is to come later; the I/O thread is told to run this again once it is there."""
         if self.later is not None:
-            self.later.when_ready(lambda: self._server.resume(self))
+            self.later.when_ready(lambda: self._outbox.resume(self))
 
     def _close(self, result: Iterable[bytes]) -> None:
         self.later = None
@@ -273,17 +262,17 @@ class Exchange:
         self._is_bodiless = self.method == "HEAD" or self.status in _BODILESS
         if self.status == 204 and self._left is not None:  # RFC 9110 §8.6
             self._headers = [field for field in self._headers if field[0].lower() != "content-length"]
-        if self._server.closing:
+        if self._outbox.closing:
             self.keep_alive = False
         return status
 
     def _end(self, data: bytes | None) -> None:
         self.is_done = True
-        self._server.deliver(self, data, True)
+        self._outbox.deliver(self, data, True)
 
     def _deliver(self, data: bytes) -> None:
         self.produced_bytes += len(data)
-        self._server.deliver(self, data, False)
+        self._outbox.deliver(self, data, False)
         assert self.room is not None  # noqa: S101 - for the type checker
         while self.produced_bytes - self.sent_bytes > MAX_STREAM_BYTES:
             self.room.wait(STREAM_CHECK_SECONDS)

@@ -170,7 +170,10 @@ def test_a_full_pipe_of_reasons_to_wake_is_no_failure(pipe: tuple[int, int]) -> 
     with pytest.raises(BlockingIOError):
         while True:
             os.write(pipe[1], b"." * 65_536)
-    Outbox(pipe[1]).wake()
+    outbox = Outbox(pipe[1])
+    outbox.is_asleep = True
+    outbox.deliver(exchange(), b"a", False)
+    assert not outbox.is_asleep
 
 
 def test_the_end_of_a_run_is_noted(pipe: tuple[int, int]) -> None:

@@ -2,18 +2,18 @@
 
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from inference_api.worker import role
 from inference_api.worker.admission import Admission
-from inference_api.worker.pool import Pool
+from inference_api.worker.pool import Outbox, Pool
 from inference_api.worker.role import Role
 from inference_api.worker.wsgi import Exchange
 from tests.unit.exchanges import LIMIT_SECONDS, exchange, wait_for
 
+NO_FD = -1  # nobody sleeps
 QUICK, SLOW, LATER = "/quick", "/slow", "/later"
 
 
@@ -39,8 +39,8 @@ class Worker:
         self.admission.observe(exchange(QUICK), 0.0001)
         self.admission.observe(exchange(SLOW), 1.0)
         self.admission.observe(exchange(LATER), 0.0001)
-        self.resumed: deque[Exchange] = deque()
-        self.role = Role(self, self.pool, self.resumed, self.admission, self.run)
+        self.outbox = Outbox(NO_FD)
+        self.role = Role(self, self.pool, self.outbox.resumed, self.admission, self.run)
         self.ran_by: dict[Exchange, threading.Thread] = {}
         self.ended: list[Exchange] = []
         self.laters: dict[Exchange, Later] = {}
@@ -57,7 +57,7 @@ class Worker:
             assert self.gates[exchange].wait(LIMIT_SECONDS)
         if exchange.path == LATER and exchange not in self.laters:
             self.laters[exchange] = exchange.later = Later()
-            exchange._server = self
+            exchange._outbox = self.outbox
             return
         exchange.later = None
         self.ended.append(exchange)
@@ -73,16 +73,6 @@ class Worker:
 
     def add_quick(self) -> None:
         self.add(QUICK)
-
-    # The server of an exchange.
-
-    closing = False
-
-    def deliver(self, exchange: Exchange, data: bytes | None, is_last: bool) -> None:
-        raise NotImplementedError
-
-    def resume(self, exchange: Exchange) -> None:
-        self.resumed.append(exchange)
 
     # The duties.
 

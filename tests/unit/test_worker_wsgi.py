@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
-from inference_api.worker.wsgi import Exchange
+from inference_api.worker.pool import Outbox
 from tests.unit.exchanges import exchange
+
+NO_FD = -1  # nobody sleeps
 
 
 class Later:
@@ -30,22 +32,6 @@ class Later:
         self.is_closed = True
 
 
-class Server:
-    """Keeps what it is given."""
-
-    closing = False
-
-    def __init__(self) -> None:
-        self.delivered: list[tuple[bytes | None, bool]] = []
-        self.resumed: list[Exchange] = []
-
-    def deliver(self, exchange: Exchange, data: bytes | None, is_last: bool) -> None:
-        self.delivered.append((data, is_last))
-
-    def resume(self, exchange: Exchange) -> None:
-        self.resumed.append(exchange)
-
-
 class Application:
     """Returns one Later, and may be called once."""
 
@@ -59,25 +45,25 @@ class Application:
         return self.later
 
 
-def is_hello(server: Server) -> bool:
-    ((data, is_last),) = server.delivered
+def is_hello(outbox: Outbox) -> bool:
+    ((_, data, is_last),) = outbox.pieces
     assert data is not None
     return is_last and data.startswith(b"HTTP/1.1 200 OK\r\n") and data.endswith(b"Content-Length: 5\r\n\r\nHello")
 
 
 def test_an_answer_is_sent_when_it_has_come() -> None:
     """The application is called once, and its iterable closed at the end."""
-    application, server, request = Application(), Server(), exchange()
+    application, outbox, request = Application(), Outbox(NO_FD), exchange()
     request.place = threading.Lock()
-    request.run(application, request.environ, server)
+    request.run(application, request.environ, outbox)
     assert request.later is application.later
     request.begin()
     assert application.later.tell is not None
     application.later.tell()
-    assert server.resumed == [request]
-    assert server.delivered == [] and not application.later.is_closed
-    request.run(application, request.environ, server)
-    assert is_hello(server)
+    assert list(outbox.resumed) == [request]
+    assert not outbox.pieces and not application.later.is_closed
+    request.run(application, request.environ, outbox)
+    assert is_hello(outbox)
     assert request.later is None and application.later.is_closed
     assert application.calls == 1
     assert request.waited_seconds > 0
@@ -85,9 +71,9 @@ def test_an_answer_is_sent_when_it_has_come() -> None:
 
 def test_a_thread_of_the_pool_waits_itself() -> None:
     """There the iterable is one like any other."""
-    application, server, request = Application(), Server(), exchange()
-    request.run(application, request.environ, server)
-    assert is_hello(server)
+    application, outbox, request = Application(), Outbox(NO_FD), exchange()
+    request.run(application, request.environ, outbox)
+    assert is_hello(outbox)
     assert application.later.tell is None and application.later.is_closed
 
 
@@ -100,13 +86,13 @@ def test_an_answer_may_become_another_as_long_as_nothing_has_been_sent(is_deferr
             request.start_response("500 Internal Server Error", [("x-failed", "yes")], (OSError, OSError(), None))
             yield b"sorry"
 
-    application, server, request = Application(), Server(), exchange()
+    application, outbox, request = Application(), Outbox(NO_FD), exchange()
     application.later = Failing()
     if is_deferred:
         request.place = threading.Lock()
-        request.run(application, request.environ, server)
-    request.run(application, request.environ, server)
-    ((data, is_last),) = server.delivered
+        request.run(application, request.environ, outbox)
+    request.run(application, request.environ, outbox)
+    ((_, data, is_last),) = outbox.pieces
     assert data is not None and is_last
     assert data.startswith(b"HTTP/1.1 500 ") and b"x-failed: yes" in data and data.endswith(b"\r\n\r\nsorry")
     assert b"content-type" not in data
@@ -120,8 +106,8 @@ def test_nothing_is_sent_after_the_end() -> None:
             super().close()
             request.write(b"more")
 
-    application, server, request = Application(), Server(), exchange()
+    application, outbox, request = Application(), Outbox(NO_FD), exchange()
     application.later = Writing()
-    request.run(application, request.environ, server)
-    assert is_hello(server)
+    request.run(application, request.environ, outbox)
+    assert is_hello(outbox)
     assert application.later.is_closed
