@@ -420,7 +420,7 @@ class Loop:
         exchange.abandoned = True
         if self._outbox.closing:
             exchange.keep_alive = False
-        is_connected = self._send(connection, problem_answer(exchange, status, detail, list(more)))
+        is_connected = self._send(connection, problem_answer(exchange, status, detail, *more))
         exchange.status = status  # the application may have set its own meanwhile
         if is_connected:
             self._answered(connection, exchange)

@@ -229,6 +229,7 @@ class Exchange:
         if self.is_done:
             return
         if self.room is None:
+            self.status = 500
             self._end(problem_answer(self, 500, FAILED))
         else:
             self._end(b"" if self._left == 0 else None)  # all that was promised has come, or not
@@ -292,16 +293,15 @@ def head(status: str, headers: Headers, exchange: Exchange) -> bytes:
     return "\r\n".join(lines).encode("latin-1")
 
 
-def problem_answer(exchange: Exchange, status: int, detail: str, more: Headers | None = None) -> bytes:
+def problem_answer(exchange: Exchange, status: int, detail: str, *more: tuple[str, str]) -> bytes:
     """A whole answer made by the server itself."""
     body = problems.problem(status, detail, exchange.request_id)
     headers = [
         ("Content-Type", problems.MEDIA_TYPE),
         ("Content-Length", str(len(body))),
         ("X-Request-ID", exchange.request_id),
-        *(more or []),
+        *more,
     ]
-    exchange.status = status
     return head(f"{status} {problems.title(status)}", headers, exchange) + (b"" if exchange.method == "HEAD" else body)
 
 
