@@ -91,7 +91,7 @@ class Loop:
         max_waiting = settings.max_connections - settings.max_connections // RESERVED_PART
         self._admission = Admission(self._pool, min(settings.max_pending, max_waiting), settings.request_timeout)
         self._orphans: set[Exchange] = set()  # that threads run although their clients have left
-        self._role = Role(self, self._pool, self._outbox.resumed, self._admission, self._run)
+        self._role = Role(self, self._pool, self._outbox.resumed, self._admission)
         self._lifecycle = Lifecycle(settings, max_requests, self._listener, self._outbox, is_shutdown)
         self._has_forked = False
         self._requests = 0

@@ -58,7 +58,7 @@ class Pool:
         self.overdue: set[Exchange] = set()  # the ones that run past their deadline
         self._idle: list[threading.Lock] = []
         self._exits: list[None] = []  # one for each thread that has been replaced, and is to end
-        self._run = run
+        self.run = run
 
     def grow(self, size: int) -> None:
         """Have at least `size` threads."""
@@ -138,7 +138,7 @@ class Pool:
             exchange.started = monotonic()
             if jobs:
                 self.wake()
-            self._run(exchange)
+            self.run(exchange)
             del exchange  # nothing of a request stays with an idle thread
 
     def _is_still_idle(self, lock: threading.Lock) -> bool:

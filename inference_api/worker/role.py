@@ -3,12 +3,14 @@
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from inference_api.worker.admission import Admission
 from inference_api.worker.pool import Pool
 from inference_api.worker.wsgi import Exchange
+
+if TYPE_CHECKING:
+    from inference_api.worker.loop import Loop
 
 TURN_SECONDS = 0.002
 """How long the I/O thread runs quick requests before it looks after its sockets again."""
@@ -18,21 +20,8 @@ WATCH_SECONDS = 0.1
 LULL_SECONDS = 1.0
 
 
-class Duties(Protocol):
-    """What the I/O thread does, turn by turn."""
-
-    def is_over(self) -> bool:
-        """Whether there is nothing left to do."""
-
-    def receive(self, *, may_wait: bool) -> float:
-        """Take in what has come, waiting for it or not; returns the time of the turn."""
-
-    def respond(self) -> None:
-        """Send out what is ready, and do what is due."""
-
-
 class Role:
-    """Gives the duties of the I/O thread to one thread at a time.
+    """Gives the loop, which is the I/O thread's duty, to one thread at a time.
 
     To hand a quick request to another thread, which would compete with this one for the interpreter, costs more than
     the request: whoever has the role runs it. Should one not be quick for once, the role goes to a new thread, and the
@@ -42,19 +31,11 @@ class Role:
     its place in the pool meanwhile, but no thread.
     """
 
-    def __init__(
-        self,
-        duties: Duties,
-        pool: Pool,
-        resumed: "deque[Exchange]",
-        admission: Admission,
-        run: Callable[[Exchange], None],
-    ) -> None:
-        self._duties = duties
-        self._resumed = resumed
+    def __init__(self, loop: "Loop", pool: Pool, resumed: deque[Exchange], admission: Admission) -> None:
+        self._loop = loop
         self._pool = pool
+        self._resumed = resumed
         self._admission = admission
-        self._run = run
         self._lock = threading.Lock()  # held by the thread that has the role, but while it runs `_quick`
         self._quick: Exchange | None = None
         self._deferred: list[Exchange] = []  # that have been run up to where they have to wait for their answer
@@ -64,7 +45,7 @@ class Role:
         self._failure: BaseException | None = None
 
     def serve(self) -> None:
-        """Have the duties done until they are over; raises what they raise.
+        """Have the loop run until it is over; raises what it raises.
 
         The calling thread only watches, so that signal handlers always run at once.
         """
@@ -93,17 +74,17 @@ class Role:
             self._pool.serve()
 
     def _fulfil(self) -> bool:
-        """Do the duties until they are over; returns whether this thread still has the role."""
+        """Run the loop until it is over; returns whether this thread still has the role."""
         if self._quick is not None:
             self._take_over(self._quick)
-        while not self._duties.is_over():
+        while not self._loop.is_over():
             has_quick = self._has_quick()
             if not has_quick:
                 self._pool.wake()  # also for what this thread has left to itself, and what is not quick any more
-            now = self._duties.receive(may_wait=not has_quick)
+            now = self._loop.receive(may_wait=not has_quick)
             if (self._pool.jobs or self._resumed) and not self._work(now):
                 return False
-            self._duties.respond()
+            self._loop.respond()
         return True
 
     def _take_over(self, slow: Exchange) -> None:
@@ -127,7 +108,7 @@ class Role:
         """Run what is quick of what has been submitted, and wake others for the rest; False: the role has gone."""
         if not self._is_watched and self._is_quick_next():
             self._last_quick = now
-        pool, resumed, run = self._pool, self._resumed, self._run
+        pool, resumed, run = self._pool, self._resumed, self._pool.run
         ends = time.monotonic() + TURN_SECONDS
         place: threading.Lock | None = None  # in the pool, for what is run here: it is one of THREADS
         while self._last_quick < ends:

@@ -3,11 +3,13 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import cast
 
 import pytest
 
 from inference_api.worker import role
 from inference_api.worker.admission import Admission
+from inference_api.worker.loop import Loop
 from inference_api.worker.pool import Outbox, Pool
 from inference_api.worker.role import Role
 from inference_api.worker.wsgi import Exchange
@@ -31,7 +33,7 @@ class Later:
 
 
 class Worker:
-    """A role, a pool of two threads, and duties that a test scripts turn by turn."""
+    """A role, a pool of two threads, and a loop that a test scripts turn by turn."""
 
     def __init__(self) -> None:
         self.pool = Pool("role", self.run)
@@ -40,7 +42,7 @@ class Worker:
         self.admission.observe(exchange(SLOW), 1.0)
         self.admission.observe(exchange(LATER), 0.0001)
         self.outbox = Outbox(NO_FD)
-        self.role = Role(self, self.pool, self.outbox.resumed, self.admission, self.run)
+        self.role = Role(cast(Loop, self), self.pool, self.outbox.resumed, self.admission)
         self.ran_by: dict[Exchange, threading.Thread] = {}
         self.ended: list[Exchange] = []
         self.laters: dict[Exchange, Later] = {}
@@ -74,7 +76,7 @@ class Worker:
     def add_quick(self) -> None:
         self.add(QUICK)
 
-    # The duties.
+    # The loop.
 
     def is_over(self) -> bool:
         return self.is_ended
