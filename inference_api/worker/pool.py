@@ -131,8 +131,10 @@ class Pool:
                 exchange = jobs.popleft()
             except IndexError:
                 idle.append(lock)
-                if (jobs or exits) and self._is_still_idle(lock):
-                    continue
+                if jobs or exits:  # they came just now
+                    with suppress(ValueError):  # somebody has taken the lock from the list, and releases it
+                        idle.remove(lock)
+                        continue
                 lock.acquire()
                 continue
             exchange.started = monotonic()
@@ -140,10 +142,3 @@ class Pool:
                 self.wake()
             self.run(exchange)
             del exchange  # nothing of a request stays with an idle thread
-
-    def _is_still_idle(self, lock: threading.Lock) -> bool:
-        try:
-            self._idle.remove(lock)
-        except ValueError:  # somebody has taken the lock from the list, and releases it
-            return False
-        return True
