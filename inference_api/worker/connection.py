@@ -42,7 +42,7 @@ class Connection:
         self.since = 0.0  # when it became idle
         self.expires = 0.0  # when it has waited long enough in its phase
         self.events = 0  # what the selector watches it for
-        self.exchange: Exchange | None = None
+        self.exchange: Exchange | None = None  # while it is not answered: in phase RUNNING alone
         self.output: list[memoryview] = []  # what the socket has not taken yet
         self.buffer = b""  # bytes read and not understood yet
         self.held_bytes = 0  # what it counts for among the bytes that the worker holds

@@ -45,6 +45,7 @@ class Connections:
         """Close its socket; to do so again changes nothing."""
         self.watch(connection, 0)
         connection.sock.close()
+        connection.exchange = None  # which refers back to it
         self.hold(connection, 0)
         self._open.discard(connection)
 

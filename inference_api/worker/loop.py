@@ -179,7 +179,7 @@ class Loop:
         with suppress(Exception):
             self._lost(connection)
         if connection in self._connections:
-            self._close(connection)
+            self._connections.close(connection)
 
     def _send_answers(self) -> None:
         """Send what has been made, and then see to what it ends."""
@@ -197,7 +197,7 @@ class Loop:
                     self._shed(connection, exchange, "deadline")
                 elif data is None:
                     self._journal.record(exchange, self._now)
-                    self._close(connection)
+                    self._connections.close(connection)
                 elif self._send(connection, data) and is_last:
                     answered.append(exchange)
             except Exception:
@@ -320,16 +320,17 @@ class Loop:
         connection.has_ended = True
         self._connections.watch(connection, connection.events & ~READ)
         phase, exchange = connection.phase, connection.exchange
-        if phase is Phase.READING and connection.is_within_request:
+        if exchange is not None:
+            is_about_to_run = exchange.started or self._pool.taken <= self._pool.size
+            # What waits is not run for nobody, as in nginx.
+            if not exchange.is_get and (exchange.is_waiting or not is_about_to_run):
+                self._lost(connection)
+        elif phase is Phase.READING and connection.is_within_request:
             self._refuse(connection, 400, "The request is not complete.")
         elif phase is Phase.IDLE and connection.buffer:
             pass  # it has sent more requests, whose turn is about to come
         elif phase in (Phase.IDLE, Phase.READING, Phase.LINGERING):
-            self._close(connection)
-        elif phase is Phase.RUNNING and exchange is not None and not exchange.is_get:
-            is_about_to_run = exchange.started or self._pool.taken <= self._pool.size
-            if exchange.is_waiting or not is_about_to_run:  # what waits is not run for nobody, as in nginx
-                self._lost(connection)
+            self._connections.close(connection)
 
     # Answering.
 
@@ -378,6 +379,7 @@ class Loop:
     def _answered(self, connection: Connection, exchange: Exchange) -> None:
         """The last byte of an answer is with the socket, or in `output`."""
         self._journal.record(exchange, self._now)
+        connection.exchange = None
         connection.must_close = not exchange.keep_alive
         if connection.output:
             connection.phase = Phase.WRITING
@@ -387,7 +389,6 @@ class Loop:
 
     def _next(self, connection: Connection) -> None:
         """An answer is out: turn to the next request, or end the connection."""
-        connection.exchange = None
         if connection.held_bytes:
             self._connections.hold(connection, 0)
         if connection.must_close:
@@ -399,7 +400,7 @@ class Loop:
                 self._connections.watch(connection, connection.events | READ)
             self._ready.append(connection)
         elif connection.has_ended:
-            self._close(connection)
+            self._connections.close(connection)
 
     def _refuse(self, connection: Connection, status: int, detail: str) -> None:
         """Answer what is not a request, and end the connection: what follows in it cannot be understood."""
@@ -447,13 +448,12 @@ class Loop:
         exchange = connection.exchange
         if exchange is not None and not exchange.abandoned:
             self._abandon(exchange)
-            if connection.phase is Phase.RUNNING:
-                exchange.status = GONE_STATUS
-                self._metrics.count("requests_gone")
-                self._journal.record(exchange, self._now)
-                if exchange.started and not exchange.is_get and not exchange.is_done:
-                    self._orphans.add(exchange)
-        self._close(connection)
+            exchange.status = GONE_STATUS
+            self._metrics.count("requests_gone")
+            self._journal.record(exchange, self._now)
+            if exchange.started and not exchange.is_get and not exchange.is_done:
+                self._orphans.add(exchange)
+        self._connections.close(connection)
 
     def _abandon(self, exchange: Exchange) -> None:
         exchange.abandoned = True
@@ -466,25 +466,18 @@ class Loop:
     def _linger(self, connection: Connection) -> None:
         """Close our half and wait for the client's: a reset would destroy an answer that is still under way."""
         if connection.has_ended:
-            self._close(connection)
+            self._connections.close(connection)
             return
         try:
             connection.sock.shutdown(socket.SHUT_WR)
         except OSError:
-            self._close(connection)
+            self._connections.close(connection)
             return
         connection.phase = Phase.LINGERING
         connection.buffer = b""
         connection.since = self._now
         connection.expires = self._now + LINGER_SECONDS
         self._connections.watch(connection, READ)
-
-    def _close(self, connection: Connection) -> None:
-        self._connections.close(connection)
-        exchange, connection.exchange = connection.exchange, None
-        if exchange is not None and not exchange.abandoned and exchange.room is not None:
-            exchange.abandoned = True
-            exchange.room.set()
 
     # Time.
 
@@ -521,7 +514,7 @@ class Loop:
         exchange = connection.exchange
         if connection.phase is Phase.READING:
             self._refuse(connection, 408, f"The request took longer than {self._settings.read_timeout:g} seconds.")
-        elif connection.phase is Phase.RUNNING and exchange is not None:
+        elif exchange is not None:
             self._abandon(exchange)
             if exchange.started and not exchange.is_get:
                 self._overdue(exchange)
@@ -529,12 +522,12 @@ class Loop:
             log.warning("deadline passed", extra={**exchange.log_fields, "started": bool(exchange.started)})
             if exchange.room is not None:  # part of the answer is out
                 self._journal.record(exchange, self._now)
-                self._close(connection)
+                self._connections.close(connection)
             else:
                 detail = f"The answer took longer than {self._settings.request_timeout:g} seconds."
                 self._answer(connection, exchange, 504, detail)
         else:
-            self._close(connection)
+            self._connections.close(connection)
 
     def _overdue(self, exchange: Exchange) -> None:
         """Its thread is not counted on any more, until it comes back."""
@@ -543,8 +536,8 @@ class Loop:
 
     def _shed_hopeless(self) -> None:
         """Refuse at once what waits and, by what has been learnt since, cannot be answered in time."""
-        exchanges = [c.exchange for c in self._connections if c.phase is Phase.RUNNING and c.exchange is not None]
-        for exchange in self._admission.hopeless((e for e in exchanges if not e.is_get), self._now):
+        exchanges = [c.exchange for c in self._connections if c.exchange is not None and not c.exchange.is_get]
+        for exchange in self._admission.hopeless(exchanges, self._now):
             self._abandon(exchange)
             self._shed(exchange.connection, exchange, "deadline")
 
@@ -569,7 +562,7 @@ class Loop:
                 if connection.phase is Phase.IDLE:
                     connection.expires = min(connection.expires, self._now + IDLE_AT_CLOSE_SECONDS)
         if self._lifecycle.is_past_grace(self._now):
-            unanswered = [c.exchange for c in self._connections if c.phase is Phase.RUNNING and c.exchange]
+            unanswered = [c for c in self._connections if c.exchange is not None]
             if unanswered:
                 log.error("grace period over, requests lost", extra={"lost": len(unanswered)})
             for connection in list(self._connections):
