@@ -327,9 +327,7 @@ class Loop:
                 self._lost(connection)
         elif phase is Phase.READING and connection.is_within_request:
             self._refuse(connection, 400, "The request is not complete.")
-        elif phase is Phase.IDLE and connection.buffer:
-            pass  # it has sent more requests, whose turn is about to come
-        elif phase in (Phase.IDLE, Phase.READING, Phase.LINGERING):
+        elif phase is not Phase.WRITING and not connection.buffer:  # else it has sent more, whose turn is yet to come
             self._connections.close(connection)
 
     # Answering.
