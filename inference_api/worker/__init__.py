@@ -83,15 +83,14 @@ class Worker(BaseWorker):  # type: ignore[misc] # Gunicorn has no types
             application=self.wsgi,
             connect=connect,
             settings=settings,
-            max_requests=self.max_requests if self.max_requests != sys.maxsize else 0,
+            max_requests=self.max_requests,
             wake_fds=(self.PIPE[0], self.PIPE[1]),
             writer=self.log.writer,
             metrics=self.metrics,
             heartbeat=self._heartbeat,
             is_shutdown=lambda: bool(self.shutdown_flag[0]),
         )
-        # A SIGTERM that came between the fork and init_signals() was taken by the handlers of the master.
-        if not self.alive or self.shutdown_flag[0]:
+        if not self.alive:
             self.loop.request_stop()
         self.loop.serve()
 

@@ -1,6 +1,7 @@
 """The state of the worker: what /health says, and how serving comes to its end."""
 
 import logging
+import math
 from collections.abc import Callable
 
 from inference_api.config import Settings
@@ -27,14 +28,13 @@ class Lifecycle:
         outbox: Outbox,
         is_shutdown: Callable[[], bool],
     ) -> None:
-        self.stop_requested = False
         self.is_stuck = False
         self._settings = settings
         self._max_requests = max_requests
         self._listener = listener
         self._outbox = outbox
         self._is_shutdown = is_shutdown
-        self._decide_at: float | None = None
+        self._leaves_at = math.inf
         self._drain_ends: float | None = None
         self._grace_ends: float | None = None
 
@@ -58,8 +58,8 @@ class Lifecycle:
         return self._grace_ends is not None and now >= self._grace_ends
 
     def stop(self, now: float) -> None:
-        """A SIGTERM has come: `shut_down` or `leave`, once it is known which one is meant."""
-        self._decide_at = now + DECIDE_SECONDS
+        """A SIGTERM has come: this worker is to leave, unless it becomes known that the service is shut down."""
+        self._leaves_at = now + DECIDE_SECONDS
 
     def shut_down(self, now: float) -> None:
         """The service ends: serve on as a lame duck, /health saying so, then let nobody in and finish."""
@@ -79,11 +79,11 @@ class Lifecycle:
     def advance(self, now: float, requests: int) -> bool:
         """Do what is due after so many requests; returns whether the grace has begun just now."""
         was_in_grace = self.is_in_grace
-        if (self._decide_at or self._grace_ends) and self._drain_ends is None and self._is_shutdown():
+        if self._is_shutdown():
             self.shut_down(now)
-        elif self._decide_at and now >= self._decide_at:
+        elif now >= self._leaves_at:
             self.leave(now)
-        if 0 < self._max_requests <= requests and self.is_serving:
+        if self._max_requests <= requests and self.is_serving:
             log.info("leaving after MAX_REQUESTS requests", extra={"requests": requests})
             self.leave(now)
         if self._drain_ends is not None and self._grace_ends is None and now >= self._drain_ends:

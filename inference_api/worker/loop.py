@@ -125,8 +125,9 @@ class Loop:
 
     def request_stop(self) -> None:
         """Shut down or leave soon; called in a signal handler."""
-        self._lifecycle.stop_requested = True
-        self._outbox.wake()  # the signal itself may have woken it too early
+        self._lifecycle.stop(time.monotonic())
+        self._next_tick = 0.0
+        self._outbox.wake()  # the signal has, but perhaps before this
 
     # One turn of the loop, see role.py.
 
@@ -138,7 +139,7 @@ class Loop:
         """Read what has come, submit the requests that are complete, and accept; returns the time of the turn."""
         outbox = self._outbox
         outbox.is_asleep = True
-        is_due = outbox.pieces or outbox.resumed or self._ready or self._lifecycle.stop_requested or not may_wait
+        is_due = outbox.pieces or outbox.resumed or self._ready or not may_wait
         may_sleep = not is_due and self._journal.is_empty
         events = self._selector.select(max(0.0, self._next_tick - time.monotonic()) if may_sleep else 0.0)
         outbox.is_asleep = False
@@ -158,10 +159,6 @@ class Loop:
     def respond(self) -> None:
         """Send the answers that are there, and do what its time has come for."""
         self._send_answers()
-        if self._lifecycle.stop_requested:
-            self._lifecycle.stop_requested = False
-            self._lifecycle.stop(self._now)
-            self._next_tick = self._now
         if self._now >= self._next_tick:
             self._tick()
         self._journal.write_after_turn()
@@ -432,7 +429,6 @@ class Loop:
         connection = self._connect(sock, address, port)
         self._idle(connection)
         self._connections.add(connection)
-        self._next_tick = min(self._next_tick, self._now + TICK_SECONDS)
 
     def _idle(self, connection: Connection) -> None:
         connection.phase = Phase.IDLE
@@ -481,6 +477,7 @@ class Loop:
 
     def _tick(self) -> None:
         now, pool = self._now, self._pool
+        self._next_tick = now + TICK_SECONDS  # first: a signal handler may have it come at once
         self._journal.write()
         for connection in [c for c in self._connections if c.expires <= now]:
             self._guarded(self._expire, connection)
@@ -504,8 +501,6 @@ class Loop:
             threads_stuck=len(pool.overdue),
         )
         self._metrics.count("log_lines_dropped", self._writer.take_dropped())
-        is_busy = self._connections or not self._lifecycle.is_serving
-        self._next_tick = now + TICK_SECONDS if is_busy else self._next_heartbeat
 
     def _expire(self, connection: Connection) -> None:
         """A connection has been in its phase for too long."""

@@ -29,15 +29,16 @@ class Outbox:
             exchange.ended = time.monotonic()
         self.pieces.append((exchange, data, is_last))
         if self.is_asleep:
-            self._wake()
+            self.wake()
 
     def resume(self, exchange: Exchange) -> None:
         """Have the I/O thread run an exchange again; from any thread."""
         self.resumed.append(exchange)
         if self.is_asleep:
-            self._wake()
+            self.wake()
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
+        """End the I/O thread's sleep."""
         self.is_asleep = False
         with suppress(BlockingIOError):  # the pipe is full of reasons to wake
             os.write(self._wake_fd, b".")
