@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import logging
+import math
 import selectors
 import socket
 from collections.abc import Callable, Sequence
@@ -37,7 +38,7 @@ class Listener:
         self._is_accepting = False
         self._again_at = 0.0  # where it pauses, when it goes on
         self._is_short = False  # of descriptors or memory
-        self._closes_at: float | None = None
+        self._closes_at = math.inf
 
     def pause(self, now: float) -> None:
         """Let nobody in for a moment: until a tick after PAUSE_SECONDS."""
@@ -69,16 +70,15 @@ class Listener:
             return
         if now >= self._again_at:
             self._watch(True)
-        if self._closes_at is not None and now >= self._closes_at and self._is_accepting:
+        if now >= self._closes_at and self._is_accepting:
             # No SYN has been let in since: whoever got in before stands in the backlog by now.
             for sock in self._sockets:
                 while self.accept(sock, now):
                     pass
             if self._is_accepting:  # it did not have to pause
-                self._watch(False)
+                self.leave()
                 for sock in self._sockets:
                     sock.close()
-                self.is_done = True
 
     def _watch(self, is_accepting: bool) -> None:
         if is_accepting != self._is_accepting:
