@@ -190,7 +190,7 @@ class Loop:
                 continue
             connection = exchange.connection
             try:
-                if is_last and not exchange.is_done:  # it was not run
+                if is_last and not exchange.ended:  # it was not run
                     self._shed(connection, exchange, "deadline")
                 elif data is None:
                     self._journal.record(exchange, self._now)
@@ -214,7 +214,7 @@ class Loop:
         self._pool.take_back(exchange)
         self._orphans.discard(exchange)
         self._admission.leave(exchange)
-        if exchange.is_done and exchange.status not in _NOT_SERVED:
+        if exchange.ended and exchange.status not in _NOT_SERVED:
             self._admission.observe(exchange, exchange.ended - exchange.started)
 
     # Reading.
@@ -445,7 +445,7 @@ class Loop:
             exchange.status = GONE_STATUS
             self._metrics.count("requests_gone")
             self._journal.record(exchange, self._now)
-            if exchange.started and not exchange.is_get and not exchange.is_done:
+            if exchange.started and not exchange.is_get and not exchange.ended:
                 self._orphans.add(exchange)
         self._connections.close(connection)
 

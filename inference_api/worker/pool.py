@@ -25,8 +25,6 @@ class Outbox:
 
         None: the answer cannot be completed and is to be cut off, or the exchange was not run.
         """
-        if is_last:
-            exchange.ended = time.monotonic()
         self.pieces.append((exchange, data, is_last))
         if self.is_asleep:
             self.wake()

@@ -62,7 +62,7 @@ class Exchange:
 
     __slots__ = (
         "_headers", "_is_bodiless", "_is_chunked", "_left", "_outbox", "_status_line", "_waiting_since", "abandoned",
-        "arrived", "body_bytes", "connection", "cost", "deadline", "ended", "environ", "is_done", "is_get", "is_http11",
+        "arrived", "body_bytes", "connection", "cost", "deadline", "ended", "environ", "is_get", "is_http11",
         "is_waiting", "keep_alive", "later", "method", "model", "path", "place", "produced_bytes", "request_id", "room",
         "sent_bytes", "started", "status", "traceparent", "waited_seconds",
     )  # fmt: skip
@@ -83,10 +83,10 @@ class Exchange:
         self.is_waiting = False  # for a batch to begin, see batching.py
         self.place: threading.Lock | None = None  # reserved in the pool, for one that the I/O thread runs
         self.abandoned = False
-        self.is_done = False  # the last piece of the answer has been handed to the I/O thread
         self.status = 0
         self.model: str | None = None
-        self.arrived = self.deadline = self.started = self.ended = self.cost = self.waited_seconds = 0.0
+        self.arrived = self.deadline = self.started = self.cost = self.waited_seconds = 0.0
+        self.ended = 0.0  # when the last piece of the answer was handed to the I/O thread
         self.produced_bytes = self.sent_bytes = 0
         self.room: threading.Event | None = None  # for more of an answer that is sent in pieces, once it has begun
         self._status_line: str | None = None
@@ -153,7 +153,7 @@ class Exchange:
         """PEP 3333's start_response; raises AssertionError or ValueError for what an application may not do."""
         if exc_info is not None:
             try:
-                if self.is_done or self.room is not None:
+                if self.ended or self.room is not None:
                     raise exc_info[1].with_traceback(exc_info[2])
             finally:
                 exc_info = None  # breaks the reference cycle, as PEP 3333 asks
@@ -193,7 +193,7 @@ class Exchange:
         excess = b""
         if self.abandoned:
             raise GoneError
-        if self.is_done:
+        if self.ended:
             raise AssertionError("write() was called after the end of the answer")
         if not isinstance(data, bytes):
             raise TypeError("a piece of the body is not bytes")
@@ -226,7 +226,7 @@ class Exchange:
 
     def _give_up(self) -> None:
         """End the answer after a failure: with a problem where nothing has been sent, else cut off."""
-        if self.is_done:
+        if self.ended:
             return
         if self.room is None:
             self.status = 500
@@ -268,7 +268,7 @@ class Exchange:
         return status
 
     def _end(self, data: bytes | None) -> None:
-        self.is_done = True
+        self.ended = time.monotonic()
         self._outbox.deliver(self, data, True)
 
     def _deliver(self, data: bytes) -> None:

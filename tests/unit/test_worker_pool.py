@@ -2,7 +2,6 @@
 
 import os
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 
@@ -174,14 +173,3 @@ def test_a_full_pipe_of_reasons_to_wake_is_no_failure(pipe: tuple[int, int]) -> 
     outbox.is_asleep = True
     outbox.deliver(exchange(), b"a", False)
     assert not outbox.is_asleep
-
-
-def test_the_end_of_a_run_is_noted(pipe: tuple[int, int]) -> None:
-    """With its last piece: that is how long the request kept its thread."""
-    outbox = Outbox(pipe[1])
-    each = exchange()
-    outbox.deliver(each, b"a", False)
-    assert each.ended == 0.0
-    before = time.monotonic()
-    outbox.deliver(each, b"", True)
-    assert each.ended >= before

@@ -1,6 +1,7 @@
 """Exchanges by themselves: answers that come later, rather than make a thread wait, and what comes too late."""
 
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -111,3 +112,17 @@ def test_nothing_is_sent_after_the_end() -> None:
     request.run(application, request.environ, outbox)
     assert is_hello(outbox)
     assert application.later.is_closed
+
+
+def test_the_end_of_a_run_is_noted() -> None:
+    """With its last piece: that is how long the request kept its thread."""
+
+    def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        start_response("200 OK", [("content-type", "text/plain")])
+        yield b"Hello"
+        assert outbox.pieces and not request.ended
+
+    outbox, request, before = Outbox(NO_FD), exchange(), time.monotonic()
+    request.run(application, request.environ, outbox)
+    assert outbox.pieces[-1] == (request, b"0\r\n\r\n", True)
+    assert request.ended >= before
