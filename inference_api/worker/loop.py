@@ -181,7 +181,7 @@ class Loop:
     def _send_answers(self) -> None:
         """Send what has been made, and then see to what it ends."""
         pieces = self._outbox.pieces
-        ended, answered = [], []
+        ended = []
         for _ in range(min(len(pieces), PIECES_AT_ONCE)):  # a thread may make more as fast as they are sent
             exchange, data, is_last = pieces.popleft()
             if is_last:
@@ -195,17 +195,18 @@ class Loop:
                 elif data is None:
                     self._journal.record(exchange, self._now)
                     self._connections.close(connection)
-                elif self._send(connection, data) and is_last:
-                    answered.append(exchange)
+                else:
+                    self._send(connection, data)
             except Exception:
                 self._failed(connection)
         for exchange in ended:
             self._take_back(exchange)
-        for exchange in answered:
-            try:
-                self._answered(exchange.connection, exchange)
-            except Exception:
-                self._failed(exchange.connection)
+            connection = exchange.connection
+            if connection.exchange is exchange:  # its answer has been sent
+                try:
+                    self._answered(connection, exchange)
+                except Exception:
+                    self._failed(connection)
 
     def _take_back(self, exchange: Exchange) -> None:
         if exchange.is_get:
