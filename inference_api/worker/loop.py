@@ -135,8 +135,8 @@ class Loop:
         """Whether the worker has finished what it has to before it leaves."""
         return self._lifecycle.is_in_grace and not self._connections and self._listener.is_done
 
-    def receive(self, *, may_wait: bool) -> float:
-        """Read what has come, submit the requests that are complete, and accept; returns the time of the turn."""
+    def receive(self, *, may_wait: bool) -> None:
+        """Read what has come, submit the requests that are complete, and accept."""
         outbox = self._outbox
         outbox.is_asleep = True
         is_due = outbox.pieces or outbox.resumed or self._ready or not may_wait
@@ -154,7 +154,6 @@ class Loop:
         for listening in knocked:  # last: to let somebody in may close a connection that looks idle until it is read
             self._listener.accept(listening, self._now)
         self._get_pool.wake()
-        return self._now
 
     def respond(self) -> None:
         """Send the answers that are there, and do what its time has come for."""

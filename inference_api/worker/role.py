@@ -81,8 +81,8 @@ class Role:
             has_quick = self._has_quick()
             if not has_quick:
                 self._pool.wake()  # also for what this thread has left to itself, and what is not quick any more
-            now = self._loop.receive(may_wait=not has_quick)
-            if (self._pool.jobs or self._resumed) and not self._work(now):
+            self._loop.receive(may_wait=not has_quick)
+            if (self._pool.jobs or self._resumed) and not self._work():
                 return False
             self._loop.respond()
         return True
@@ -104,12 +104,13 @@ class Role:
         for exchange in deferred:
             exchange.begin()
 
-    def _work(self, now: float) -> bool:
+    def _work(self) -> bool:
         """Run what is quick of what has been submitted, and wake others for the rest; False: the role has gone."""
+        now = time.monotonic()
+        ends = now + TURN_SECONDS
         if not self._is_watched and self._is_quick_next():
             self._last_quick = now
         pool, resumed, run = self._pool, self._resumed, self._pool.run
-        ends = time.monotonic() + TURN_SECONDS
         place: threading.Lock | None = None  # in the pool, for what is run here: it is one of THREADS
         while self._last_quick < ends:
             if resumed:

@@ -81,12 +81,11 @@ class Worker:
     def is_over(self) -> bool:
         return self.is_ended
 
-    def receive(self, *, may_wait: bool) -> float:
+    def receive(self, *, may_wait: bool) -> None:
         self.waits.append(may_wait)
         self.io_threads.append(threading.current_thread())
         if self.receives:
             self.receives.pop(0)()
-        return time.monotonic()
 
     def respond(self) -> None:
         if self.responds:
