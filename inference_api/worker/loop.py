@@ -297,8 +297,7 @@ class Loop:
         exchange.deadline = connection.expires = self._now + self._settings.request_timeout
         if connection.held_bytes or exchange.body_bytes > MIN_COUNTED_BYTES:
             self._connections.hold(connection, exchange.body_bytes)
-        if exchange.method in ("GET", "HEAD"):  # health never waits behind predictions
-            exchange.is_get = True
+        if exchange.is_get:  # health never waits behind predictions
             self._journal.write()  # whoever asks for the metrics finds there what has been answered before
             exchange.environ["inference_api.state"] = self._lifecycle.state
             if len(self._get_pool.jobs) < self._settings.max_pending:

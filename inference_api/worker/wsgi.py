@@ -79,7 +79,7 @@ class Exchange:
         self.body_bytes = len(body)
         self.is_http11 = is_http11
         self.keep_alive = keep_alive
-        self.is_get = False  # GET and HEAD: run by a thread of their own
+        self.is_get = self.method in ("GET", "HEAD")  # these are run by a thread of their own
         self.is_waiting = False  # for a batch to begin, see batching.py
         self.place: threading.Lock | None = None  # reserved in the pool, for one that the I/O thread runs
         self.abandoned = False
