@@ -104,12 +104,12 @@ class Admission:
                 self._guess(exchange.path, now - exchange.started)
                 continue
             self.leave(exchange)
-            self._charge(exchange, self._service_seconds.get(exchange.path, 0.0))
-            if wait_seconds and now + wait_seconds + exchange.cost > exchange.deadline:
-                self.leave(exchange)
+            cost = self._service_seconds.get(exchange.path, 0.0)
+            if wait_seconds and now + wait_seconds + cost > exchange.deadline:
                 found.append(exchange)
             else:
-                wait_seconds += exchange.cost / threads
+                self._charge(exchange, cost)
+                wait_seconds += cost / threads
         return found
 
     def forget(self, now: float) -> None:
@@ -121,11 +121,8 @@ class Admission:
                 del self._service_seconds[path]
 
     def _guess(self, path: str, seconds: float) -> None:
-        known = self._service_seconds.get(path)
-        is_unknown = known is None and len(self._service_seconds) < MAX_PATHS
-        if seconds > QUICK_SECONDS and (
-            is_unknown or (known is not None and path in self._guessed and seconds > known)
-        ):
+        is_new = path not in self._service_seconds and len(self._service_seconds) < MAX_PATHS
+        if (is_new or path in self._guessed) and seconds > self._service_seconds.get(path, QUICK_SECONDS):
             self._service_seconds[path] = seconds
             self._guessed.add(path)
 

@@ -101,9 +101,9 @@ class Loop:
     def _run(self, exchange: Exchange) -> None:
         """Called in application threads."""
         environ = exchange.environ  # which is taken away once it is abandoned
-        late_seconds = exchange.started - exchange.arrived
+        started = exchange.started
         # One that has waited too long to be finished in time is not started. What has begun is ended.
-        is_late = late_seconds > LATE_SECONDS and exchange.started + exchange.cost > exchange.deadline
+        is_late = started + exchange.cost > exchange.deadline and started - exchange.arrived > LATE_SECONDS
         if exchange.later is None and (exchange.abandoned or is_late):
             self._outbox.deliver(exchange, None, True)
         else:
