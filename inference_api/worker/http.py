@@ -13,6 +13,7 @@ MAX_HEAD_BYTES = 65_536
 MAX_CHUNK_LINE_BYTES = 256
 MAX_TRAILER_BYTES = 8_192
 MEMO_LINES = 1_024
+MEMO_NAME_BYTES = 64
 MEMO_HEAD_BYTES = 4_096
 """Lines recur, on a connection and between clients: what those of a head of at most this size mean is remembered."""
 
@@ -66,7 +67,7 @@ class RequestParser:
             raise Refusal(400, "The request is not HTTP/1.1.")
         end = head.find(b"\r\n", 0, self._max_line_bytes + 2)
         if end >= 0:
-            _request_line(head[:end].decode("latin-1"))
+            (_request_line if end <= self._short_bytes else _request_line.__wrapped__)(head[:end].decode("latin-1"))
         elif len(head) > self._max_line_bytes + 1:
             raise self._line_too_long()
         if len(head) > MAX_HEAD_BYTES:
@@ -179,7 +180,8 @@ def _field(line: str) -> tuple[str, str]:
     name, colon, value = line.partition(":")
     if not colon or not ((value.isascii() and value.isprintable()) or _FIELD_VALUE.fullmatch(value)):
         raise Refusal(400, "A header field is not valid.")
-    key, value = _field_key(name), value.strip("\t ")
+    key = (_field_key if len(name) <= MEMO_NAME_BYTES else _field_key.__wrapped__)(name)
+    value = value.strip("\t ")
     if key == "HTTP_HOST" and not _is_host(value):
         raise Refusal(400, "The header field Host is not valid.")
     return key, value
