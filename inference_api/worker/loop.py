@@ -26,6 +26,8 @@ from inference_api.worker.wsgi import Application, Exchange, problem_answer
 READ_BYTES = 65_536
 CONNECTIONS_AT_ONCE = 64
 """What has come on so many connections is read before it is understood, which needs as many times READ_BYTES."""
+FEW_CONNECTIONS = 2
+"""Where more than so many send at once, more are likely to have sent while these were read."""
 PIECES_AT_ONCE = 128
 MIN_COUNTED_BYTES = 4_096
 TICK_SECONDS = 0.1
@@ -150,6 +152,8 @@ class Loop:
         knocked: list[socket.socket] = []
         for first in range(0, len(events), CONNECTIONS_AT_ONCE):
             knocked += self._read(events[first : first + CONNECTIONS_AT_ONCE])
+        if FEW_CONNECTIONS < len(events) <= CONNECTIONS_AT_ONCE:  # the others of those that were answered together
+            knocked += self._read(self._selector.select(0.0))
         for _ in range(len(self._ready)):
             self._guarded(self._go_on, self._ready.popleft())
         for listening in knocked:  # last: to let somebody in may close a connection that looks idle until it is read
