@@ -37,4 +37,3 @@ post_fork = hooks.post_fork
 post_worker_init = hooks.post_worker_init
 worker_exit = hooks.worker_exit
 child_exit = hooks.child_exit
-pre_exec = hooks.pre_exec

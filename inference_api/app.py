@@ -126,15 +126,23 @@ class Service:
         batches = any(_predict_batch(self.settings, schema) is not None for schema in self.schemas)
         return self.settings.threads or (self.settings.max_batch_size if batches else DEFAULT_THREADS)
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether its models are served."""
+        return self._app is not self._starting_app
+
     def load(self) -> None:
         """Load the models and serve them from now on; raises ModelError."""
         self.schemas = load_schemas(self.settings)
         self._serve()
 
-    def start_preparing(self) -> threading.Thread:
-        """Do in a thread what each worker does before it serves; /health says so, and a failure ends the process."""
+    def start_preparing(self, *, is_serving: bool = True) -> threading.Thread:
+        """Do in a thread what each worker does before it serves; a failure ends the process.
+
+        Where it serves meanwhile, /health and every other path answer 503.
+        """
         if self._preparing is None:
-            if any(getattr(schema.model, "warm_up", None) for schema in self.schemas):
+            if is_serving and any(getattr(schema.model, "warm_up", None) for schema in self.schemas):
                 self._app = self._starting_app
             self._preparing = threading.Thread(target=self._prepare_or_exit, name="prepare-models", daemon=True)
             self._preparing.start()
@@ -147,7 +155,7 @@ class Service:
         for schema in self.schemas:
             with progress("warming up model", model=str(schema.spec)):
                 prepare(schema.spec, schema.model, "warm_up")
-        if self._app is self._starting_app:
+        if not self.is_ready:
             self._serve()
 
     def _prepare_or_exit(self) -> None:

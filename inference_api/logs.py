@@ -291,10 +291,6 @@ class Logger(glogging.Logger):  # type: ignore[misc] # Gunicorn has no types
         """Write what is left; called as the last thing in a worker."""
         self.writer.close()
 
-    def restore_stdout(self) -> None:
-        """Give stdout back its descriptor, for the program that this process is about to become."""
-        os.dup2(self.writer.fd, 1)
-
     def setup(self, cfg: Any) -> None:
         """Called by Gunicorn at the start and at every reload."""
         self.cfg = cfg

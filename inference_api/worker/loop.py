@@ -554,7 +554,9 @@ class Loop:
                 log.warning("threads are free again")
 
     def _advance_end(self) -> None:
-        if self._lifecycle.advance(self._now, self._requests):
+        # One that is not ready yet has answered 503 only, and its successor would not be ready, either.
+        requests = self._requests if getattr(self._application, "is_ready", True) else 0
+        if self._lifecycle.advance(self._now, requests):
             for connection in self._connections:
                 if connection.phase is Phase.IDLE:
                     connection.expires = min(connection.expires, self._now + IDLE_AT_CLOSE_SECONDS)

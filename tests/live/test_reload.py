@@ -45,6 +45,12 @@ class Weights:
             except FileExistsError:
                 while not pathlib.Path(__file__).with_name(f"{self.weights} may go on").exists():
                     time.sleep(0.01)
+        if self.weights == "unlucky":
+            try:
+                pathlib.Path(__file__).with_name("unlucky rehearsed").touch(exist_ok=False)
+            except FileExistsError:
+                if not pathlib.Path(__file__).with_name("lucky").exists():
+                    raise ValueError("no luck")
         if self.weights == "hangs":
             pathlib.Path(__file__).with_name("hanging").touch()
             threading.Event().wait()
@@ -192,7 +198,7 @@ def test_a_reload_whose_workers_could_not_serve_is_refused(tmp_path: Path, prelo
     reasons = {
         "damaged": "MODELS: predict=models:Weights: load() failed: ValueError: the weights are damaged",
         "cold": "MODELS: predict=models:Weights: warm_up() failed: ValueError: it stays cold",
-        "crashes": "MODELS: a process that prepared them ended with -6",
+        "crashes": "MODELS: the process that prepared them has died",
     }
     with running(tmp_path, MODELS, MODELS="predict=models:Weights", PRELOAD=preload, ACCESS_LOG="off") as service:
         with Traffic(service) as traffic:
@@ -206,6 +212,27 @@ def test_a_reload_whose_workers_could_not_serve_is_refused(tmp_path: Path, prelo
             assert served(service) == "second"
             traffic.goes_on()
         assert traffic.lost == []
+
+
+@pytest.mark.parametrize("preload", ["true", "false"])
+def test_new_workers_that_fail_where_the_rehearsal_did_not_end_nothing(tmp_path: Path, preload: str) -> None:
+    """The old ones serve on while new ones are tried again and again, until they can serve."""
+    (tmp_path / "weights").write_text("first")
+    variables = {"MODELS": "predict=models:Weights", "WEB_CONCURRENCY": "2", "PRELOAD": preload, "ACCESS_LOG": "off"}
+    with running(tmp_path, MODELS, **variables) as service, Traffic(service) as traffic:
+        old = set(service.workers())
+        (tmp_path / "weights").write_text("unlucky")
+        service.signal(signal.SIGHUP)
+        words = "a new worker cannot serve, the old ones serve on"
+        wait_for(lambda: len(lines(service, words)) >= 3, WAIT_SECONDS, lambda: service.output)
+        assert old <= set(service.workers())
+        assert served(service) == "first"
+        (tmp_path / "lucky").touch()
+        wait_for(lambda: len(lines(service, "reloaded")) == 1, WAIT_SECONDS, lambda: service.output)
+        wait_for(lambda: not old & set(service.workers()), WAIT_SECONDS, lambda: service.output)
+        assert {served(service) for _ in range(8)} == {"unlucky"}
+        traffic.goes_on()
+    assert traffic.lost == []
 
 
 @pytest.mark.parametrize("preload", ["true", "false"])
@@ -237,7 +264,7 @@ def test_a_reload_that_hangs_does_not_hold_up_the_shutdown(service: Service) -> 
     assert served(service) == "first"
     service.signal(signal.SIGTERM)
     assert service.process.wait(WAIT_SECONDS) == 0
-    assert lines(service, "reload refused")
+    assert lines(service, "reloaded") == []
 
 
 def test_a_reload_that_starts_threads_is_refused(service: Service) -> None:
