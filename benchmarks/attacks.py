@@ -10,6 +10,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from benchmarks.load import post_head
 from benchmarks.servers import Running
 
 ATTACKERS = 200
@@ -42,11 +43,6 @@ async def _connected(target: Running, receive_bytes: int = 0) -> socket.socket:
     return sock
 
 
-def _head(path: str, length: int) -> bytes:
-    head = f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
-    return f"{head}Content-Length: {length}\r\n\r\n".encode()
-
-
 async def _idle(target: Running) -> None:
     with await _connected(target) as sock:
         await asyncio.get_running_loop().sock_recv(sock, 1)
@@ -68,7 +64,7 @@ async def _drip_head(target: Running) -> None:
 
 
 async def _drip_body(target: Running) -> None:
-    await _drip(target, _head(target.server.path, 1_000) + b'{"text": "')
+    await _drip(target, post_head(target.server.path, 1_000) + b'{"text": "')
 
 
 async def _read_slowly(target: Running) -> None:
@@ -76,7 +72,7 @@ async def _read_slowly(target: Running) -> None:
     loop = asyncio.get_running_loop()
     body = json.dumps(target.server.body).encode()
     with await _connected(target, SMALL_BUFFER_BYTES) as sock:
-        await loop.sock_sendall(sock, _head("/large", len(body)) + body)
+        await loop.sock_sendall(sock, post_head("/large", len(body)) + body)
         while await loop.sock_recv(sock, 1):
             await asyncio.sleep(DRIP_SECONDS)
 

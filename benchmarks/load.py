@@ -60,6 +60,12 @@ class Overload:
 HEALTH_EVERY_SECONDS = 0.01
 
 
+def post_head(path: str, length: int) -> bytes:
+    """The head of a POST whose body has so many bytes."""
+    head = f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {length}\r\n\r\n".encode()
+
+
 class _Client:
     def __init__(self, port: int, request: bytes) -> None:
         self.port, self.request = port, request
@@ -84,9 +90,8 @@ def at_rate(target: Running, rate: float, seconds: float) -> Overload:
 
 
 async def _at_rate(target: Running, rate: float, seconds: float) -> Overload:
-    body = json.dumps(target.server.body)
-    head = f"POST {target.server.path} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
-    client = _Client(target.port, f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+    body = json.dumps(target.server.body).encode()
+    client = _Client(target.port, post_head(target.server.path, len(body)) + body)
     prober = _Client(target.port, b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
     seen, started = Overload(), time.perf_counter()
 

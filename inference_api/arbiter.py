@@ -46,8 +46,7 @@ class Hooks:
         arbiter.shutdown_flag = mmap.mmap(-1, 1)
         arbiter.was_ready = mmap.mmap(-1, 1)  # whether any worker has ever been ready
         arbiter.handle_usr2 = _refuse_reexec
-        Reload(arbiter, self.settings)
-        _announce_stop(arbiter)
+        _announce_stop(arbiter, Reload(arbiter, self.settings))
 
     def pre_fork(self, arbiter: Any, worker: Any) -> None:
         worker.settings = self.settings
@@ -117,11 +116,12 @@ def _require_address(cfg: Any) -> None:
                 ) from exc
 
 
-def _announce_stop(arbiter: Any) -> None:
+def _announce_stop(arbiter: Any, reload: Reload) -> None:
     stop = arbiter.stop
 
     def announced_stop(graceful: bool = True) -> None:
         arbiter.shutdown_flag[0] = 1
+        reload.cancel()
         while True:
             with suppress(HaltServer):  # of one more worker that cannot load, while the first one ends it all
                 stop(graceful)

@@ -37,20 +37,21 @@ class Reload:
     def __init__(self, arbiter: Any, started: Settings) -> None:
         self._arbiter = arbiter
         self._started = started
-        self._replace, self._stop = arbiter.reload, arbiter.stop
+        self._replace = arbiter.reload
         self._manage_workers, self._reap_workers = arbiter.manage_workers, arbiter.reap_workers
         self._rehearsal: Rehearsal | None = None
-        self._last_old_age: int | None = None  # while workers of this age, Gunicorn's word for their number, and below
-        self._respawns_at = 0.0  # serve on until there are others that are ready
+        # While workers of up to this age serve on until there are others that are ready. Gunicorn numbers them by age.
+        self._last_old_age: int | None = None
+        self._respawns_at = 0.0
         self._is_forking = False
         self._graceful_timeout = 0
-        arbiter.reload, arbiter.stop = self.begin, self.stop
+        arbiter.reload = self.begin
         arbiter.manage_workers, arbiter.reap_workers = self.manage_workers, self.reap_workers
 
     def begin(self) -> None:
         """Reload what can be reloaded: otherwise the old workers serve on, and the log says why."""
         gc.unfreeze()
-        self._cancel()
+        self.cancel()
         try:
             settings = read_settings()
             if (settings.host, settings.port) != (self._started.host, self._started.port):
@@ -78,7 +79,7 @@ class Reload:
         rehearsal = self._rehearsal
         outcome = rehearsal.outcome() if rehearsal is not None else None
         if rehearsal is not None and outcome is not None:
-            self._cancel()
+            self.cancel()
             if outcome:
                 _refuse(outcome)
             else:
@@ -105,17 +106,13 @@ class Reload:
             else:
                 return
 
-    def stop(self, graceful: bool = True) -> None:
-        """End the workers, and what is rehearsed."""
-        self._cancel()
-        self._stop(graceful)
-
     def _interrupt(self, number: int, frame: Any) -> NoReturn:
         """To be told to stop ends what is being loaded, which may take for ever."""
         self._arbiter.signal(number, frame)
         raise KeyboardInterrupt
 
-    def _cancel(self) -> None:
+    def cancel(self) -> None:
+        """End what is rehearsed."""
         if self._rehearsal is not None:
             self._rehearsal.close()
             self._rehearsal = None
@@ -160,10 +157,7 @@ class Rehearsal:
 
     def outcome(self) -> str | None:
         """None until it has ended; then why the models cannot be served, or an empty text."""
-        try:
-            has_ended = os.waitpid(self._pid, os.WNOHANG)[0] != 0
-        except ChildProcessError:  # Gunicorn has waited for it, as for all children
-            has_ended = True
+        has_ended = self._has_ended()  # asked first: it may tell and end in between
         try:
             told = os.read(self._readable, PIPE_BUF)
         except BlockingIOError:
@@ -177,11 +171,14 @@ class Rehearsal:
     def close(self) -> None:
         """End it, if it has not ended."""
         os.close(self._readable)
+        if not self._has_ended():
+            os.kill(self._pid, signal.SIGKILL)
+
+    def _has_ended(self) -> bool:
         try:
-            if os.waitpid(self._pid, os.WNOHANG)[0] == 0:
-                os.kill(self._pid, signal.SIGKILL)
-        except ChildProcessError:
-            pass
+            return os.waitpid(self._pid, os.WNOHANG)[0] != 0
+        except ChildProcessError:  # Gunicorn has waited for it, as for all children
+            return True
 
     def _run(self, writable: int, listeners: list[Any]) -> NoReturn:
         try:

@@ -118,10 +118,7 @@ class Worker(BaseWorker):  # type: ignore[misc] # Gunicorn has no types
     def handle_quit(self, sig: int, frame: Any) -> None:
         """SIGQUIT and SIGINT: end at once."""
         self.alive = False
-        for stopping in (
-            signal.SIGINT,
-            signal.SIGQUIT,
-            signal.SIGTERM,
-        ):  # Ctrl-C comes from the terminal and the master
+        # Ctrl-C comes from the terminal and then from the master, too.
+        for stopping in (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):
             signal.signal(stopping, signal.SIG_IGN)
         sys.exit(0)

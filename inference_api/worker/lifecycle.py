@@ -57,6 +57,10 @@ class Lifecycle:
         """Whether what has not been finished by now is lost."""
         return self._grace_ends is not None and now >= self._grace_ends
 
+    def is_worn_out(self, requests: int) -> bool:
+        """Whether so many requests are all that it should serve."""
+        return self._max_requests <= requests and self.is_serving
+
     def stop(self, now: float) -> None:
         """A SIGTERM has come: this worker is to leave, unless it becomes known that the service is shut down."""
         self._leaves_at = now + DECIDE_SECONDS
@@ -83,7 +87,7 @@ class Lifecycle:
             self.shut_down(now)
         elif now >= self._leaves_at:
             self.leave(now)
-        if self._max_requests <= requests and self.is_serving:
+        if self.is_worn_out(requests):
             log.info("leaving after MAX_REQUESTS requests", extra={"requests": requests})
             self.leave(now)
         if self._drain_ends is not None and self._grace_ends is None and now >= self._drain_ends:

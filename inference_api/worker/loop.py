@@ -96,7 +96,6 @@ class Loop:
         self._role = Role(self, self._pool, self._outbox.resumed, self._admission)
         self._lifecycle = Lifecycle(settings, max_requests, self._listener, self._outbox, is_shutdown)
         self._has_forked = False
-        self._max_requests = max_requests
         self._requests = 0
         self._now = time.monotonic()
         self._next_tick = self._next_heartbeat = 0.0
@@ -163,7 +162,7 @@ class Loop:
     def respond(self) -> None:
         """Send the answers that are there, and do what its time has come for."""
         self._send_answers()
-        if self._now >= self._next_tick or self._requests >= self._max_requests:
+        if self._now >= self._next_tick or self._lifecycle.is_worn_out(self._requests):
             self._tick()
         self._journal.write_after_turn()
 

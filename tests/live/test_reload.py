@@ -54,6 +54,8 @@ class Weights:
         if self.weights == "hangs":
             pathlib.Path(__file__).with_name("hanging").touch()
             threading.Event().wait()
+        with pathlib.Path(__file__).with_name("warm").open("a") as file:
+            file.write(f"{os.getpid()}\n")
 
     def predict(self, text: str) -> str:
         return self.weights
@@ -113,6 +115,21 @@ def service(tmp_path: Path) -> Iterator[Service]:
     (tmp_path / "weights").write_text("first")
     with running(tmp_path, MODELS, MODELS="predict=models:Weights", WEB_CONCURRENCY="2", ACCESS_LOG="off") as service:
         yield service
+
+
+@pytest.fixture(params=["true", "false"], ids=["PRELOAD=true", "PRELOAD=false"])
+def busy(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[Service, Traffic]]:
+    """Two workers while clients send all the time; in the end none of them has lost a request."""
+    (tmp_path / "weights").write_text("first")
+    variables = {"MODELS": "predict=models:Weights", "WEB_CONCURRENCY": "2", "ACCESS_LOG": "off"}
+    with running(tmp_path, MODELS, **variables, PRELOAD=request.param) as service:
+        # While the first one serves, the second one may still answer that it starts.
+        wait_for(lambda: len((tmp_path / "warm").read_text().split()) == 2, WAIT_SECONDS)
+        wait_for(lambda: {service.get("/health").status for _ in range(32)} == {200}, WAIT_SECONDS)
+        with Traffic(service) as traffic:
+            yield service, traffic
+            traffic.goes_on()
+        assert traffic.lost == []
 
 
 def served(service: Service) -> str:
@@ -191,69 +208,54 @@ def test_a_failed_reload_leaves_the_old_workers_serving(service: Service) -> Non
     assert service.post("/predict", {"text": "x" * 100}).status == 413
 
 
-@pytest.mark.parametrize("preload", ["true", "false"])
-def test_a_reload_whose_workers_could_not_serve_is_refused(tmp_path: Path, preload: str) -> None:
+def test_a_reload_whose_workers_could_not_serve_is_refused(busy: tuple[Service, Traffic]) -> None:
     """What each worker does for itself is tried before the old workers go: warming up, and loading without PRELOAD."""
-    (tmp_path / "weights").write_text("first")
+    service, traffic = busy
     reasons = {
         "damaged": "MODELS: predict=models:Weights: load() failed: ValueError: the weights are damaged",
         "cold": "MODELS: predict=models:Weights: warm_up() failed: ValueError: it stays cold",
         "crashes": "MODELS: the process that prepared them has died",
     }
-    with running(tmp_path, MODELS, MODELS="predict=models:Weights", PRELOAD=preload, ACCESS_LOG="off") as service:
-        with Traffic(service) as traffic:
-            for weights, reason in reasons.items():
-                (tmp_path / "weights").write_text(weights)
-                assert refused_reload(service) == reason
-                assert served(service) == "first"
-            traffic.goes_on()
-            (tmp_path / "weights").write_text("second")
-            reload(service)
-            assert served(service) == "second"
-            traffic.goes_on()
-        assert traffic.lost == []
-
-
-@pytest.mark.parametrize("preload", ["true", "false"])
-def test_new_workers_that_fail_where_the_rehearsal_did_not_end_nothing(tmp_path: Path, preload: str) -> None:
-    """The old ones serve on while new ones are tried again and again, until they can serve."""
-    (tmp_path / "weights").write_text("first")
-    variables = {"MODELS": "predict=models:Weights", "WEB_CONCURRENCY": "2", "PRELOAD": preload, "ACCESS_LOG": "off"}
-    with running(tmp_path, MODELS, **variables) as service, Traffic(service) as traffic:
-        old = set(service.workers())
-        (tmp_path / "weights").write_text("unlucky")
-        service.signal(signal.SIGHUP)
-        words = "a new worker cannot serve, the old ones serve on"
-        wait_for(lambda: len(lines(service, words)) >= 3, WAIT_SECONDS, lambda: service.output)
-        assert old <= set(service.workers())
+    for weights, reason in reasons.items():
+        (service.folder / "weights").write_text(weights)
+        assert refused_reload(service) == reason
         assert served(service) == "first"
-        (tmp_path / "lucky").touch()
-        wait_for(lambda: len(lines(service, "reloaded")) == 1, WAIT_SECONDS, lambda: service.output)
-        wait_for(lambda: not old & set(service.workers()), WAIT_SECONDS, lambda: service.output)
-        assert {served(service) for _ in range(8)} == {"unlucky"}
-        traffic.goes_on()
-    assert traffic.lost == []
+    traffic.goes_on()
+    (service.folder / "weights").write_text("second")
+    reload(service)
+    assert served(service) == "second"
 
 
-@pytest.mark.parametrize("preload", ["true", "false"])
-def test_old_workers_serve_until_the_new_ones_are_ready(tmp_path: Path, preload: str) -> None:
+def test_new_workers_that_fail_where_the_rehearsal_did_not_end_nothing(busy: tuple[Service, Traffic]) -> None:
+    """The old ones serve on while new ones are tried again and again, until they can serve."""
+    service, _ = busy
+    old = set(service.workers())
+    (service.folder / "weights").write_text("unlucky")
+    service.signal(signal.SIGHUP)
+    words = "a new worker cannot serve, the old ones serve on"
+    wait_for(lambda: len(lines(service, words)) >= 3, WAIT_SECONDS, lambda: service.output)
+    assert old <= set(service.workers())
+    assert served(service) == "first"
+    (service.folder / "lucky").touch()
+    wait_for(lambda: len(lines(service, "reloaded")) == 1, WAIT_SECONDS, lambda: service.output)
+    wait_for(lambda: not old & set(service.workers()), WAIT_SECONDS, lambda: service.output)
+    assert {served(service) for _ in range(8)} == {"unlucky"}
+
+
+def test_old_workers_serve_until_the_new_ones_are_ready(busy: tuple[Service, Traffic]) -> None:
     """However long those take to warm up, /health stays 200, and nobody waits for them."""
-    (tmp_path / "weights").write_text("first")
-    variables = {"MODELS": "predict=models:Weights", "WEB_CONCURRENCY": "2", "PRELOAD": preload, "ACCESS_LOG": "off"}
-    with running(tmp_path, MODELS, **variables) as service, Traffic(service) as traffic:
-        (tmp_path / "weights").write_text("slow")
-        service.signal(signal.SIGHUP)
-        wait_for(lambda: len(lines(service, "Booting worker")) == 4, WAIT_SECONDS, lambda: service.output)
-        traffic.goes_on()
-        assert {served(service) for _ in range(32)} == {"first"}
-        assert {service.get("/health").status for _ in range(32)} == {200}
-        assert len(service.workers()) == 4
-        assert lines(service, "reloaded") == []
-        (tmp_path / "slow may go on").touch()
-        wait_for(lambda: len(service.workers()) == 2, WAIT_SECONDS, lambda: service.output)
-        assert {served(service) for _ in range(32)} == {"slow"}
-        traffic.goes_on()
-    assert traffic.lost == []
+    service, traffic = busy
+    (service.folder / "weights").write_text("slow")
+    service.signal(signal.SIGHUP)
+    wait_for(lambda: len(lines(service, "Booting worker")) == 4, WAIT_SECONDS, lambda: service.output)
+    traffic.goes_on()
+    assert {served(service) for _ in range(32)} == {"first"}
+    assert {service.get("/health").status for _ in range(32)} == {200}
+    assert len(service.workers()) == 4
+    assert lines(service, "reloaded") == []
+    (service.folder / "slow may go on").touch()
+    wait_for(lambda: len(service.workers()) == 2, WAIT_SECONDS, lambda: service.output)
+    assert {served(service) for _ in range(32)} == {"slow"}
 
 
 def test_a_reload_that_hangs_does_not_hold_up_the_shutdown(service: Service) -> None:
