@@ -29,6 +29,8 @@ CONNECTIONS_AT_ONCE = 64
 FEW_CONNECTIONS = 2
 """Where more than so many send at once, more are likely to have sent while these were read."""
 PIECES_AT_ONCE = 128
+SEND_BYTES = 262_144
+"""A socket is given no more in one turn: some would take megabytes, and keep all others waiting for as many."""
 MIN_COUNTED_BYTES = 4_096
 TICK_SECONDS = 0.1
 HEARTBEAT_SECONDS = 1.0
@@ -200,6 +202,8 @@ class Loop:
                     self._connections.close(connection)
                 else:
                     self._send(connection, data)
+                    if len(data) > SEND_BYTES:  # the others have their turn after what has come meanwhile
+                        break
             except Exception:
                 self._failed(connection)
         for exchange in ended:
@@ -338,7 +342,7 @@ class Loop:
             connection.output.append(memoryview(data))
             return True
         try:
-            sent = connection.sock.send(data)
+            sent = connection.sock.send(data if len(data) <= SEND_BYTES else memoryview(data)[:SEND_BYTES])
         except BlockingIOError:
             sent = 0
         except OSError:
@@ -355,9 +359,11 @@ class Loop:
     def _write(self, connection: Connection) -> None:
         output = connection.output
         exchange = connection.exchange
+        left = SEND_BYTES
         try:
             while output:
-                sent = connection.sock.send(output[0])
+                sent = connection.sock.send(output[0][:left])
+                left -= sent
                 if exchange is not None and exchange.room is not None:
                     exchange.sent_bytes += sent
                     exchange.room.set()

@@ -1,0 +1,89 @@
+"""The loop by itself: turns taken one at a time, real sockets, and no thread."""
+
+import os
+import socket
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+
+from inference_api.config import Settings
+from inference_api.logs import LineWriter
+from inference_api.metrics import Metrics
+from inference_api.worker.connection import Connection
+from inference_api.worker.http import RequestParser
+from inference_api.worker.loop import SEND_BYTES, Loop
+
+LARGE_BYTES = 10 * SEND_BYTES
+REQUEST = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n"
+
+
+def large(_environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+    start_response("200 OK", [("Content-Length", str(LARGE_BYTES))])
+    return [b"a" * LARGE_BYTES]
+
+
+class Turns:
+    """A loop, its clients, and how much of its answers has come to each of them."""
+
+    def __init__(self, stack: ExitStack, clients: int) -> None:
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        listener.setblocking(False)
+        readable, writable = os.pipe()
+        stack.callback(os.close, readable)
+        stack.callback(os.close, writable)
+        parser = RequestParser(max_line_bytes=0, max_fields=100, max_field_bytes=0, max_body_bytes=1)
+        self.loop = Loop(
+            listeners=[listener],
+            application=large,
+            connect=lambda sock, _address, _port: Connection(sock, parser, {}),
+            settings=Settings.from_environ({}),
+            max_requests=1_000,
+            wake_fds=(readable, writable),
+            writer=LineWriter(os.open(os.devnull, os.O_WRONLY)),
+            metrics=Metrics(["/"]),
+            heartbeat=lambda: True,
+            is_shutdown=lambda: False,
+        )
+        stack.callback(os.close, self.loop._writer.fd)
+        stack.callback(self._close)
+        self.clients = [stack.enter_context(socket.create_connection(listener.getsockname())) for _ in range(clients)]
+        self.received = [0] * clients
+
+    def _close(self) -> None:
+        for connection in list(self.loop._connections):
+            self.loop._connections.close(connection)
+
+    def take(self) -> list[int]:
+        """One turn; returns how many bytes have come to each client in it."""
+        self.loop.receive(may_wait=False)
+        while self.loop._pool.jobs:
+            self.loop._run(self.loop._pool.jobs.popleft())
+        self.loop.respond()
+        came = [0] * len(self.clients)
+        for number, client in enumerate(self.clients):
+            try:
+                while piece := client.recv(LARGE_BYTES, socket.MSG_DONTWAIT):
+                    came[number] += len(piece)
+            except BlockingIOError:
+                pass
+        self.received = [before + now for before, now in zip(self.received, came, strict=True)]
+        return came
+
+
+@pytest.fixture
+def turns() -> Iterator[Turns]:
+    with ExitStack() as stack:
+        yield Turns(stack, clients=3)
+
+
+def test_large_answers_are_sent_in_turns(turns: Turns) -> None:
+    """No client gets more than its share in a turn, and only one more of the answers is begun: others go on, too."""
+    turns.loop._pool.size = 3  # nobody has to wait for a thread
+    for client in turns.clients:
+        client.sendall(REQUEST)
+    while min(turns.received) < LARGE_BYTES:
+        begun = sum(map(bool, turns.received))
+        assert max(turns.take()) <= 2 * SEND_BYTES  # a turn may look at its sockets twice
+        assert sum(map(bool, turns.received)) <= begun + 1
