@@ -1,5 +1,6 @@
 """The open connections of a worker: what the selector watches, how many there may be, and the bytes they hold."""
 
+import logging
 import selectors
 import socket
 from collections.abc import Iterator
@@ -10,6 +11,10 @@ from inference_api.worker.connection import Connection, Phase
 MAX_HELD_BYTES = 64 * 1_048_576
 """Bytes of request bodies held in one worker; beyond it, connections that hold much are not read from."""
 MIN_PAUSED_BYTES = 65_536
+MAX_UNREAD_BYTES = 256 * 1_048_576
+"""Bytes of whole answers, waiting in one worker for their clients to read them; beyond it the oldest are given up."""
+
+log = logging.getLogger("inference_api.worker")
 
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
@@ -26,6 +31,8 @@ class Connections:
         self._evictable: list[tuple[Connection, float]] = []  # that were idle, since when; the longest last
         self._held_bytes = 0
         self._paused: dict[Connection, None] = {}  # that hold much: in the order in which they may go on
+        self._unread: dict[Connection, int] = {}  # bytes of their answers, the oldest first
+        self._unread_bytes = 0
 
     def __len__(self) -> int:
         return len(self._open)
@@ -47,6 +54,7 @@ class Connections:
         connection.sock.close()
         connection.exchange = None  # which refers back to it
         self.hold(connection, 0)
+        self.was_read(connection)
         self._open.discard(connection)
 
     def watch(self, connection: Connection, events: int) -> None:
@@ -114,3 +122,17 @@ class Connections:
                 self.watch(connection, connection.events | READ)
         if has_room:
             self._paused.clear()
+
+    def wrote(self, connection: Connection) -> None:
+        """Its answer waits for the client, until `was_read`; where all that wait are too large, close the oldest."""
+        # A view keeps the whole of what it shows a part of.
+        count = sum(memoryview(piece.obj).nbytes for piece in connection.output)
+        self._unread[connection] = count
+        self._unread_bytes += count
+        while self._unread_bytes > MAX_UNREAD_BYTES and len(self._unread) > 1:
+            log.warning("an answer is given up: unread ones hold too much memory", extra={"unread": len(self._unread)})
+            self.close(next(iter(self._unread)))
+
+    def was_read(self, connection: Connection) -> None:
+        """Its answer, if there was one, does not wait any more."""
+        self._unread_bytes -= self._unread.pop(connection, 0)

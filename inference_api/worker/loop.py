@@ -89,8 +89,8 @@ class Loop:
         self._wake_fd = wake_fds[0]
         self._selector.register(self._wake_fd, READ)
         self._outbox = Outbox(wake_fds[1])
-        self._pool = Pool("wsgi", self._run)
-        self._get_pool = Pool("wsgi-get", self._run)
+        self._pool = Pool("wsgi", self._run, self._outbox)
+        self._get_pool = Pool("wsgi-get", self._run, self._outbox)
         # Were every connection taken by a request that waits, nobody could be told that it waits in vain.
         max_waiting = settings.max_connections - settings.max_connections // RESERVED_PART
         self._admission = Admission(self._pool, min(settings.max_pending, max_waiting), settings.request_timeout)
@@ -142,6 +142,7 @@ class Loop:
     def receive(self, *, may_wait: bool) -> None:
         """Read what has come, submit the requests that are complete, and accept."""
         outbox = self._outbox
+        self._get_pool.wake()  # for what its thread has left while too many answers waited to be sent
         outbox.is_asleep = True
         is_due = outbox.pieces or outbox.resumed or self._ready or not may_wait
         may_sleep = not is_due and self._journal.is_empty
@@ -378,6 +379,7 @@ class Loop:
             return
         self._connections.watch(connection, connection.events & ~WRITE)
         if connection.phase is Phase.WRITING:
+            self._connections.was_read(connection)
             self._next(connection)
 
     def _answered(self, connection: Connection, exchange: Exchange) -> None:
@@ -388,6 +390,7 @@ class Loop:
         if connection.output:
             connection.phase = Phase.WRITING
             connection.expires = self._now + self._settings.read_timeout
+            self._connections.wrote(connection)
         else:
             self._next(connection)
 

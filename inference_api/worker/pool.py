@@ -9,6 +9,9 @@ from contextlib import suppress
 
 from inference_api.worker.wsgi import Exchange
 
+MAX_PIECES = 8
+"""Pieces of answers that wait to be sent: beyond it no thread takes a request, or memory would fill with answers."""
+
 
 class Outbox:
     """Pieces of answers on their way to the I/O thread, which is woken for them where it sleeps."""
@@ -19,6 +22,11 @@ class Outbox:
         self.resumed: deque[Exchange] = deque()  # that were deferred, and are to be run again
         self.is_asleep = False  # the I/O thread, in its selector
         self._wake_fd = wake_fd
+
+    @property
+    def is_full(self) -> bool:
+        """Whether answers are made faster than they are sent."""
+        return len(self.pieces) > MAX_PIECES
 
     def deliver(self, exchange: Exchange, data: bytes | None, is_last: bool) -> None:
         """Hand a piece of an answer to the I/O thread, from any thread.
@@ -49,8 +57,9 @@ class Pool:
     I/O thread alone calls the methods, but for `wake` and `serve`.
     """
 
-    def __init__(self, name: str, run: Callable[[Exchange], None]) -> None:
+    def __init__(self, name: str, run: Callable[[Exchange], None], outbox: Outbox) -> None:
         self.name = name
+        self._outbox = outbox
         self.size = 0
         self.jobs: deque[Exchange] = deque()
         self.taken = 0  # exchanges that wait or run
@@ -118,7 +127,7 @@ class Pool:
 
     def serve(self) -> None:
         """Be one of the pool's threads."""
-        jobs, idle, exits, monotonic = self.jobs, self._idle, self._exits, time.monotonic
+        jobs, idle, exits, outbox, monotonic = self.jobs, self._idle, self._exits, self._outbox, time.monotonic
         lock = threading.Lock()
         lock.acquire()
         while True:
@@ -127,10 +136,12 @@ class Pool:
                     exits.pop()
                     return
             try:
-                exchange = jobs.popleft()
+                exchange = None if outbox.is_full else jobs.popleft()
             except IndexError:
+                exchange = None
+            if exchange is None:
                 idle.append(lock)
-                if jobs or exits:  # they came just now
+                if (jobs and not outbox.is_full) or exits:  # they came just now
                     with suppress(ValueError):  # somebody has taken the lock from the list, and releases it
                         idle.remove(lock)
                         continue

@@ -8,7 +8,14 @@ from typing import cast
 import pytest
 
 from inference_api.worker.connection import Connection, Phase
-from inference_api.worker.connections import MAX_HELD_BYTES, MIN_PAUSED_BYTES, READ, WRITE, Connections
+from inference_api.worker.connections import (
+    MAX_HELD_BYTES,
+    MAX_UNREAD_BYTES,
+    MIN_PAUSED_BYTES,
+    READ,
+    WRITE,
+    Connections,
+)
 from inference_api.worker.http import RequestParser
 
 NOW = 1000.0
@@ -139,3 +146,25 @@ def test_who_holds_little_never_pauses(opened: Opened) -> None:
     opened.connections.hold(small, MIN_PAUSED_BYTES)
     assert not opened.connections.pause_if_full(small)
     assert opened.is_read_from(small)
+
+
+def test_the_oldest_unread_answers_are_given_up_for_others(opened: Opened, caplog: pytest.LogCaptureFixture) -> None:
+    """They may hold so many bytes in all, what has been sent of them included; the newest always stays."""
+    answer = memoryview(bytes(MAX_UNREAD_BYTES // 2))
+    oldest, read, newest = (opened.add(phase=Phase.WRITING) for _ in range(3))
+    for connection in (oldest, read):
+        connection.output = [answer[-1:]]
+        opened.connections.wrote(connection)
+    opened.connections.was_read(read)
+    opened.connections.wrote(read)
+    assert set(opened.connections) == {oldest, read, newest}
+    newest.output = [answer, answer, answer]
+    opened.connections.wrote(newest)
+    assert set(opened.connections) == {newest}
+    assert [opened.clients[connection].recv(1) for connection in (oldest, read)] == [b"", b""]
+    assert len(caplog.records) == 2
+    opened.connections.close(newest)
+    after = opened.add(phase=Phase.WRITING)
+    after.output = [answer, answer]
+    opened.connections.wrote(after)
+    assert after in opened.connections

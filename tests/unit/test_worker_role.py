@@ -36,12 +36,12 @@ class Worker:
     """A role, a pool of two threads, and a loop that a test scripts turn by turn."""
 
     def __init__(self) -> None:
-        self.pool = Pool("role", self.run)
+        self.outbox = Outbox(NO_FD)
+        self.pool = Pool("role", self.run, self.outbox)
         self.admission = Admission(self.pool, 100, 60.0)
         self.admission.observe(exchange(QUICK), 0.0001)
         self.admission.observe(exchange(SLOW), 1.0)
         self.admission.observe(exchange(LATER), 0.0001)
-        self.outbox = Outbox(NO_FD)
         self.role = Role(cast(Loop, self), self.pool, self.outbox.resumed, self.admission)
         self.ran_by: dict[Exchange, threading.Thread] = {}
         self.ended: list[Exchange] = []
