@@ -15,7 +15,7 @@ GUNICORN_CONFIG = Path(__file__).resolve().parent.parent / "gunicorn.conf.py"
 def _check(settings: Settings) -> int:
     from inference_api.app import Service
     from inference_api.model import ModelError
-    from inference_api.reload import require_one_thread
+    from inference_api.supervisor import require_one_thread
 
     service = Service(settings)
     try:

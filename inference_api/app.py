@@ -136,13 +136,13 @@ class Service:
         self.schemas = load_schemas(self.settings)
         self._serve()
 
-    def start_preparing(self, *, is_serving: bool = True) -> threading.Thread:
+    def start_preparing(self) -> threading.Thread:
         """Do in a thread what each worker does before it serves; a failure ends the process.
 
-        Where it serves meanwhile, /health and every other path answer 503.
+        Meanwhile /health and every other path answer 503.
         """
         if self._preparing is None:
-            if is_serving and any(getattr(schema.model, "warm_up", None) for schema in self.schemas):
+            if any(getattr(schema.model, "warm_up", None) for schema in self.schemas):
                 self._app = self._starting_app
             self._preparing = threading.Thread(target=self._prepare_or_exit, name="prepare-models", daemon=True)
             self._preparing.start()

@@ -4,22 +4,22 @@ import gc
 import logging
 import mmap
 import os
+import signal
 import socket
 import sys
 import threading
 from contextlib import suppress
+from functools import partial
 from typing import Any
-
-from gunicorn.errors import HaltServer
 
 from inference_api import __version__
 from inference_api.app import Service
 from inference_api.config import Settings, SettingsError
 from inference_api.metrics import shared_metrics
 from inference_api.model import ModelError
-from inference_api.reload import Reload, effective, require_one_thread
+from inference_api.supervisor import NOT_READY, READY, WORN_OUT, Supervisor, effective, require_one_thread
 
-HEARTBEAT_SECONDS = 1.0
+HEARTBEAT_SECONDS = 0.5
 
 log = logging.getLogger("inference_api")
 
@@ -44,18 +44,19 @@ class Hooks:
         # One byte that master and workers share: a worker gets the same SIGTERM when the service is shut down as
         # when the worker alone is replaced, and has to behave differently.
         arbiter.shutdown_flag = mmap.mmap(-1, 1)
-        arbiter.was_ready = mmap.mmap(-1, 1)  # whether any worker has ever been ready
         arbiter.handle_usr2 = _refuse_reexec
-        _announce_stop(arbiter, Reload(arbiter, self.settings))
+        Supervisor(arbiter, self.settings)
 
     def pre_fork(self, arbiter: Any, worker: Any) -> None:
         worker.settings = self.settings
         worker.shutdown_flag = arbiter.shutdown_flag
         worker.metrics = shared_metrics(self.settings.model_paths)
         worker.metrics_slot = worker.metrics.take_slot()
-        worker.is_ready = mmap.mmap(-1, 1)  # whether it has prepared its models
-        worker.are_others_ready = [other.is_ready for other in arbiter.WORKERS.values()]
-        worker.was_ready = arbiter.was_ready
+        arbiter.forking = worker
+        worker.is_leaving = False
+        worker.state = mmap.mmap(-1, 1)
+        worker.older_states = [older.state for older in arbiter.WORKERS.values()]
+        worker.on_max_requests = partial(_say, worker, WORN_OUT)
         if isinstance(arbiter.app.callable, Service):  # for gthread; the project's own worker asks the service
             worker.cfg.set("threads", arbiter.app.callable.threads)
         # What lives now stays: the collector of the child need not look at it, nor unshare its pages.
@@ -63,37 +64,39 @@ class Hooks:
         gc.freeze()
 
     def post_fork(self, _arbiter: Any, worker: Any) -> None:
+        os.register_at_fork(after_in_child=partial(_leave_to_parent, worker))
         worker.metrics.attach(worker.metrics_slot)
         worker.log.in_worker(worker.metrics if self.settings.metrics else None)
+        if worker.app.callable is None:  # without PRELOAD: with the settings of the master, whatever .env says now
+            worker.app.callable = Service(self.settings)
 
     def post_worker_init(self, worker: Any) -> None:
+        signal.signal(signal.SIGHUP, lambda *_: None)  # the master's, but a terminal tells its whole process group
         service = worker.wsgi
         if not isinstance(service, Service):
-            worker.is_ready[0] = True
+            _say(worker, READY)
             return
-
-        def is_better_left_to_others() -> bool:
-            others_serve = any(is_ready[0] for is_ready in worker.are_others_ready)
-            return others_serve or (self.settings.preload and worker.was_ready[0] > 0)
-
-        preparing = service.start_preparing(is_serving=not is_better_left_to_others())
+        preparing = service.start_preparing()
 
         def announce() -> None:
             preparing.join()
-            worker.is_ready[0] = worker.was_ready[0] = True
+            _say(worker, READY)
+
+        def is_better_left_to_others() -> bool:
+            return preparing.is_alive() and any(state[0] for state in worker.older_states)
 
         threading.Thread(target=announce, name="announce", daemon=True).start()
-        while is_better_left_to_others() and preparing.is_alive() and worker.alive:
+        while is_better_left_to_others() and worker.alive and not worker.shutdown_flag[0]:
             worker.notify()
             preparing.join(HEARTBEAT_SECONDS)
-        if is_better_left_to_others() and not (worker.alive or service.is_ready):
-            sys.exit(0)  # told to stop before it could serve
+        if is_better_left_to_others() or (preparing.is_alive() and not worker.alive and not worker.shutdown_flag[0]):
+            sys.exit(0)  # told to leave before it could serve, or to stop while others still do
 
     def worker_exit(self, _arbiter: Any, worker: Any) -> None:
         worker.log.close()
 
     def child_exit(self, _arbiter: Any, worker: Any) -> None:
-        worker.is_ready[0] = False
+        worker.state[0] = NOT_READY
         worker.metrics.free_slot(worker.metrics_slot)
 
 
@@ -116,18 +119,20 @@ def _require_address(cfg: Any) -> None:
                 ) from exc
 
 
-def _announce_stop(arbiter: Any, reload: Reload) -> None:
-    stop = arbiter.stop
+def _say(worker: Any, state: int) -> None:
+    """Tell the master, and have it look: a signal as of a child that has ended."""
+    worker.state[0] = state
+    with suppress(OSError):  # it has gone
+        os.kill(worker.ppid, signal.SIGCHLD)
 
-    def announced_stop(graceful: bool = True) -> None:
-        arbiter.shutdown_flag[0] = 1
-        reload.cancel()
-        while True:
-            with suppress(HaltServer):  # of one more worker that cannot load, while the first one ends it all
-                stop(graceful)
-                return
 
-    arbiter.stop = announced_stop
+def _leave_to_parent(worker: Any) -> None:
+    """In a process that a model forks: it does not serve, and ends when it is told to."""
+    signal.set_wakeup_fd(-1)
+    for number in worker.SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    for sock in worker.sockets:
+        sock.close()
 
 
 def _refuse_reexec() -> None:

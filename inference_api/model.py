@@ -1,6 +1,7 @@
 """The model contract, the two models that come with the service, and finding models by name. Nothing here is HTTP."""
 
 import importlib
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -122,10 +123,12 @@ def find_model(spec: ModelSpec) -> Model:
 
 def prepare(spec: ModelSpec, model: Model, step: str) -> None:
     """Run the model's `load` or `warm_up`, where it has one; raises ModelError where that fails."""
-    method = getattr(model, step, None)
+    method, pid = getattr(model, step, None), os.getpid()
     if method is not None:
         with _failing_as(spec, f"{step}() failed"):
             method()
+    if os.getpid() != pid:  # the model has forked: the child must not go on as another service
+        os._exit(0)
 
 
 @contextmanager

@@ -23,14 +23,12 @@ class Lifecycle:
     def __init__(
         self,
         settings: Settings,
-        max_requests: int,
         listener: Listener,
         outbox: Outbox,
         is_shutdown: Callable[[], bool],
     ) -> None:
         self.is_stuck = False
         self._settings = settings
-        self._max_requests = max_requests
         self._listener = listener
         self._outbox = outbox
         self._is_shutdown = is_shutdown
@@ -57,13 +55,9 @@ class Lifecycle:
         """Whether what has not been finished by now is lost."""
         return self._grace_ends is not None and now >= self._grace_ends
 
-    def is_worn_out(self, requests: int) -> bool:
-        """Whether so many requests are all that it should serve."""
-        return self._max_requests <= requests and self.is_serving
-
     def stop(self, now: float) -> None:
         """A SIGTERM has come: this worker is to leave, unless it becomes known that the service is shut down."""
-        self._leaves_at = now + DECIDE_SECONDS
+        self._leaves_at = min(self._leaves_at, now + DECIDE_SECONDS)  # the master says it again and again
 
     def shut_down(self, now: float) -> None:
         """The service ends: serve on as a lame duck, /health saying so, then let nobody in and finish."""
@@ -80,15 +74,12 @@ class Lifecycle:
             self._listener.leave()
             self._begin_grace(now)
 
-    def advance(self, now: float, requests: int) -> bool:
-        """Do what is due after so many requests; returns whether the grace has begun just now."""
+    def advance(self, now: float) -> bool:
+        """Do what is due; returns whether the grace has begun just now."""
         was_in_grace = self.is_in_grace
         if self._is_shutdown():
             self.shut_down(now)
         elif now >= self._leaves_at:
-            self.leave(now)
-        if self.is_worn_out(requests):
-            log.info("leaving after MAX_REQUESTS requests", extra={"requests": requests})
             self.leave(now)
         if self._drain_ends is not None and self._grace_ends is None and now >= self._drain_ends:
             self._listener.close(now)

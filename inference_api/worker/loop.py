@@ -4,6 +4,7 @@ import logging
 import os
 import selectors
 import socket
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -33,7 +34,7 @@ SEND_BYTES = 262_144
 """A socket is given no more in one turn: some would take megabytes, and keep all others waiting for as many."""
 MIN_COUNTED_BYTES = 4_096
 TICK_SECONDS = 0.1
-HEARTBEAT_SECONDS = 1.0
+HEARTBEAT_SECONDS = 0.5
 LINGER_SECONDS = 1.0
 IDLE_AT_CLOSE_SECONDS = 1.0
 LATE_SECONDS = 0.01
@@ -69,6 +70,7 @@ class Loop:
         connect: Callable[[socket.socket, str, str], Connection],
         settings: Settings,
         max_requests: int,
+        on_max_requests: Callable[[], None],
         wake_fds: tuple[int, int],
         writer: LineWriter,
         metrics: Metrics,
@@ -96,9 +98,11 @@ class Loop:
         self._admission = Admission(self._pool, min(settings.max_pending, max_waiting), settings.request_timeout)
         self._orphans: set[Exchange] = set()  # that threads run although their clients have left
         self._role = Role(self, self._pool, self._outbox.resumed, self._admission)
-        self._lifecycle = Lifecycle(settings, max_requests, self._listener, self._outbox, is_shutdown)
+        self._lifecycle = Lifecycle(settings, self._listener, self._outbox, is_shutdown)
         self._has_forked = False
         self._requests = 0
+        self._max_requests = max_requests
+        self._on_max_requests = on_max_requests
         self._now = time.monotonic()
         self._next_tick = self._next_heartbeat = 0.0
 
@@ -165,9 +169,18 @@ class Loop:
     def respond(self) -> None:
         """Send the answers that are there, and do what its time has come for."""
         self._send_answers()
-        if self._now >= self._next_tick or self._lifecycle.is_worn_out(self._requests):
+        if self._now >= self._next_tick:
             self._tick()
+        if self._requests >= self._max_requests:
+            self._wear_out()
         self._journal.write_after_turn()
+
+    def _wear_out(self) -> None:
+        # One that is not ready yet has answered 503 only, and its successor would not be ready, either.
+        if self._lifecycle.is_serving and getattr(self._application, "is_ready", True):
+            log.info("worn out by MAX_REQUESTS, to be replaced", extra={"requests": self._requests})
+            self._max_requests = sys.maxsize
+            self._on_max_requests()
 
     def _guarded(self, step: Callable[[Connection], None], connection: Connection) -> None:
         try:
@@ -562,9 +575,7 @@ class Loop:
                 log.warning("threads are free again")
 
     def _advance_end(self) -> None:
-        # One that is not ready yet has answered 503 only, and its successor would not be ready, either.
-        requests = self._requests if getattr(self._application, "is_ready", True) else 0
-        if self._lifecycle.advance(self._now, requests):
+        if self._lifecycle.advance(self._now):
             for connection in self._connections:
                 if connection.phase is Phase.IDLE:
                     connection.expires = min(connection.expires, self._now + IDLE_AT_CLOSE_SECONDS)

@@ -237,7 +237,7 @@ def test_recycling_workers_loses_no_count(tmp_path: Path, worker_class: str) -> 
         found = service.metrics()
         assert found['request_duration_seconds_count{route="/predict"}'] == len(load.statuses) >= 500
         assert found['predictions_total{model="dummy"}'] == len(load.statuses)
-        assert slots <= 2
+        assert slots <= 4  # as many more while they leave
         assert {path.name for path in tmp_path.iterdir()} == {"stdout", "stderr", "tmp"}
         assert list(temporary.iterdir()) == []
 

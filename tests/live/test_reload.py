@@ -2,6 +2,7 @@
 
 import contextlib
 import http.client
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -18,13 +19,29 @@ RELOADS = 10
 RECYCLED_REQUESTS = 10_000
 
 MODELS = r"""
-import os, pathlib, threading, time
+import multiprocessing, os, pathlib, threading, time
+
+def note(name, pid):
+    with pathlib.Path(__file__).with_name(name).open("a") as file:
+        file.write(f"{pid}\n")
 
 class Weights:
     name, version = "weights", "1.0.0"
 
     def load(self):
         self.weights = pathlib.Path(__file__).with_name("weights").read_text()
+        if self.weights == "aborts":
+            os.abort()
+        if self.weights == "never loaded":
+            threading.Event().wait()
+        if self.weights == "loaded once":
+            try:  # the rehearsal's, but not the master's
+                pathlib.Path(__file__).with_name("rehearsed").touch(exist_ok=False)
+            except FileExistsError:
+                pathlib.Path(__file__).with_name("loading").touch()
+                threading.Event().wait()
+        if self.weights == "forks" and os.fork() == 0:
+            note("forked", os.getpid())
         if self.weights == "damaged":
             raise ValueError("the weights are damaged")
         if self.weights == "exits":
@@ -35,6 +52,16 @@ class Weights:
         self.much = bytearray(b"1" * 20 * 2**20)
 
     def warm_up(self):
+        if pathlib.Path(__file__).with_name("freezing").exists():
+            raise ValueError("it is too cold")
+        if self.weights == "waits":
+            note("waiting", os.getpid())
+        while self.weights == "waits" and not pathlib.Path(__file__).with_name("may go on").exists():
+            time.sleep(0.01)
+        if self.weights == "starts processes":
+            self.process = multiprocessing.Process(target=threading.Event().wait, daemon=True)
+            self.process.start()
+            note("started", self.process.pid)
         if self.weights == "cold":
             raise ValueError("it stays cold")
         if self.weights == "crashes":
@@ -54,8 +81,7 @@ class Weights:
         if self.weights == "hangs":
             pathlib.Path(__file__).with_name("hanging").touch()
             threading.Event().wait()
-        with pathlib.Path(__file__).with_name("warm").open("a") as file:
-            file.write(f"{os.getpid()}\n")
+        note("warm", os.getpid())
 
     def predict(self, text: str) -> str:
         return self.weights
@@ -215,6 +241,7 @@ def test_a_reload_whose_workers_could_not_serve_is_refused(busy: tuple[Service, 
         "damaged": "MODELS: predict=models:Weights: load() failed: ValueError: the weights are damaged",
         "cold": "MODELS: predict=models:Weights: warm_up() failed: ValueError: it stays cold",
         "crashes": "MODELS: the process that prepared them has died",
+        "aborts": "MODELS: the process that prepared them has died",
     }
     for weights, reason in reasons.items():
         (service.folder / "weights").write_text(weights)
@@ -269,6 +296,115 @@ def test_a_reload_that_hangs_does_not_hold_up_the_shutdown(service: Service) -> 
     assert lines(service, "reloaded") == []
 
 
+@pytest.mark.parametrize("reloads", [1, 2])
+def test_a_stop_right_after_a_reload_is_heard(service: Service, reloads: int) -> None:
+    """Though what is to be loaded never is, and whichever signal is seen first."""
+    (service.folder / "weights").write_text("never loaded")
+    for number in [*[signal.SIGHUP] * reloads, signal.SIGTERM]:
+        service.signal(number)
+    assert service.process.wait(WAIT_SECONDS) == 0
+
+
+def test_a_stop_while_the_master_loads_is_heard(service: Service) -> None:
+    """What the rehearsal could load, but the master cannot, is given up."""
+    (service.folder / "weights").write_text("loaded once")
+    service.signal(signal.SIGHUP)
+    wait_for((service.folder / "loading").exists, WAIT_SECONDS)
+    assert served(service) == "first"
+    service.signal(signal.SIGTERM)
+    assert service.process.wait(WAIT_SECONDS) == 0
+    assert lines(service, "reload") == []
+
+
+def test_what_is_edited_during_a_reload_is_not_read(busy: tuple[Service, Traffic]) -> None:
+    """What has been rehearsed is served, whatever the file says meanwhile: it counts from the next SIGHUP on."""
+    service, _ = busy
+    old = set(service.workers())
+    (service.folder / "weights").write_text("waits")
+    service.signal(signal.SIGHUP)
+    wait_for((service.folder / "waiting").exists, WAIT_SECONDS)
+    (service.folder / ".env").write_text("LOG_LEVEL=NONSENSE")
+    (service.folder / "may go on").touch()
+    wait_for(lambda: len(lines(service, "reloaded")) == 1, WAIT_SECONDS, lambda: service.output)
+    wait_for(lambda: not old & set(service.workers()), WAIT_SECONDS, lambda: service.output)
+    assert refused_reload(service).startswith("LOG_LEVEL='NONSENSE' is not allowed: ")
+    assert served(service) == "waits"
+
+
+@pytest.mark.parametrize("preload", ["true", "false"])
+def test_one_that_cannot_be_replaced_is_missed_by_nobody(tmp_path: Path, preload: str) -> None:
+    """Where a worker has ended and its successor cannot warm up, it is tried again while the other serves."""
+    (tmp_path / "weights").write_text("first")
+    variables = {"MODELS": "predict=models:Weights", "WEB_CONCURRENCY": "2", "PRELOAD": preload}
+    with running(tmp_path, MODELS, **variables) as service:
+        wait_for(lambda: len((tmp_path / "warm").read_text().split()) == 2, WAIT_SECONDS)
+        (tmp_path / "freezing").touch()
+        os.kill(service.workers()[0], signal.SIGKILL)
+        words = "a new worker cannot serve, the old ones serve on"
+        wait_for(lambda: len(lines(service, words)) >= 2, WAIT_SECONDS, lambda: service.output)
+        assert served(service) == "first"
+        (tmp_path / "freezing").unlink()
+        wait_for(lambda: len((tmp_path / "warm").read_text().split()) == 3, WAIT_SECONDS)
+        assert served(service) == "first"
+
+
+@pytest.mark.parametrize("preload", ["true", "false"])
+def test_settings_are_read_at_the_start_and_at_sighup_alone(tmp_path: Path, preload: str) -> None:
+    """A worker that is started later serves with those of the others, whatever stands in .env now."""
+    (tmp_path / "weights").write_text("first")
+    variables = {"WEB_CONCURRENCY": "2", "PRELOAD": preload}
+    (tmp_path / ".env").write_text("MODELS=predict=models:Weights")
+    with running(tmp_path, MODELS, **variables) as service:
+        wait_for(lambda: len((tmp_path / "warm").read_text().split()) == 2, WAIT_SECONDS)
+        (tmp_path / ".env").write_text("MODELS=other=models:Weights")
+        for worker in service.workers():
+            os.kill(worker, signal.SIGKILL)
+        wait_for(lambda: len((tmp_path / "warm").read_text().split()) == 4, WAIT_SECONDS)
+        wait_for(lambda: service.get("/health").status == 200, WAIT_SECONDS)
+        assert {served(service) for _ in range(16)} == {"first"}
+
+
+@pytest.mark.parametrize("preload", ["true", "false"])
+def test_processes_of_models_end_with_their_workers(tmp_path: Path, preload: str) -> None:
+    """Those of the rehearsal, too; and none of them keeps a worker from ending, or the address from being free."""
+    (tmp_path / "weights").write_text("starts processes")
+    variables = {"MODELS": "predict=models:Weights", "WEB_CONCURRENCY": "2", "PRELOAD": preload}
+    with running(tmp_path, MODELS, **variables) as service:
+        reload(service)
+        assert service.terminate(WAIT_SECONDS) == 0
+    started = (tmp_path / "started").read_text().split()
+    assert len(started) == 5
+    wait_for(lambda: not any(Path(f"/proc/{pid}/exe").exists() for pid in started), WAIT_SECONDS)
+
+
+@pytest.mark.parametrize("preload", ["true", "false"])
+def test_a_model_that_forks_while_it_is_loaded_is_served_once(tmp_path: Path, preload: str) -> None:
+    """The child, which comes back from load() like its parent, is not another master or worker."""
+    (tmp_path / "weights").write_text("forks")
+    variables = {"MODELS": "predict=models:Weights", "WEB_CONCURRENCY": "2", "PRELOAD": preload}
+    with running(tmp_path, MODELS, **variables) as service:
+        reload(service)
+        assert served(service) == "forks"
+        assert len(service.workers()) == 2
+        forked = (tmp_path / "forked").read_text().split()
+        wait_for(lambda: not any(Path(f"/proc/{pid}/exe").exists() for pid in forked), WAIT_SECONDS)
+
+
+def test_workers_hear_what_is_meant_for_them(service: Service) -> None:
+    """SIGHUP is the master's, and SIGTERM, said again and again, does not put the end off."""
+    first, second = service.workers()
+    os.kill(first, signal.SIGHUP)
+
+    def has_left() -> bool:
+        if second in service.workers():
+            os.kill(second, signal.SIGTERM)
+        return second not in service.workers()
+
+    wait_for(has_left, WAIT_SECONDS)
+    assert first in service.workers()
+    assert served(service) == "first"
+
+
 def test_a_reload_that_starts_threads_is_refused(service: Service) -> None:
     """They would not exist in the new workers; when they have ended, a reload works again."""
     (service.folder / "weights").write_text("threads")
@@ -281,7 +417,7 @@ def test_a_reload_that_starts_threads_is_refused(service: Service) -> None:
 
 
 def test_recycled_workers_lose_nothing(tmp_path: Path) -> None:
-    """MAX_REQUESTS=200, ten thousand requests: dozens of workers come and go, each in time, and nobody notices."""
+    """MAX_REQUESTS=200, ten thousand requests: many workers come and go, each in time, and nobody notices."""
     with (
         running(
             tmp_path, WEB_CONCURRENCY="2", MAX_REQUESTS="200", MAX_REQUESTS_JITTER="20", ACCESS_LOG="off"
@@ -290,6 +426,26 @@ def test_recycled_workers_lose_nothing(tmp_path: Path) -> None:
     ):
         wait_for(lambda: traffic.answered >= RECYCLED_REQUESTS or bool(traffic.lost), 3 * WAIT_SECONDS)
     assert traffic.lost == []
-    leaving = [line["requests"] for line in lines(service, "leaving after MAX_REQUESTS")]
-    assert len(leaving) >= RECYCLED_REQUESTS // 400  # the others answer those that come while one leaves
-    assert max(leaving) <= 220 + KEEP_ALIVE_CLIENTS + NEW_CONNECTION_CLIENTS  # all that one turn may bring
+    worn_out = [line["requests"] for line in lines(service, "worn out by MAX_REQUESTS")]
+    assert len(worn_out) >= RECYCLED_REQUESTS // 1_000  # they serve on until their successors are ready
+    assert max(worn_out) <= 220 + KEEP_ALIVE_CLIENTS + NEW_CONNECTION_CLIENTS  # all that one turn may bring
+
+
+@pytest.mark.parametrize("preload", ["true", "false"])
+def test_a_worker_serves_until_its_successor_can(tmp_path: Path, preload: str) -> None:
+    """Even the only one, and however long the other takes to load and to warm up: nobody gets 503 or has to wait."""
+    (tmp_path / "weights").write_text("slow")
+    (tmp_path / "slow rehearsed").touch()
+    (tmp_path / "slow may go on").touch()
+    variables = {"MODELS": "predict=models:Weights", "WEB_CONCURRENCY": "1", "MAX_REQUESTS": "100", "PRELOAD": preload}
+    with running(tmp_path, MODELS, **variables) as service:
+        (old,) = service.workers()
+        (tmp_path / "slow may go on").unlink()
+        with Traffic(service) as traffic:
+            wait_for(lambda: len(service.workers()) == 2, WAIT_SECONDS, lambda: service.output)
+            traffic.goes_on()
+            assert old in service.workers()
+            (tmp_path / "slow may go on").touch()
+            wait_for(lambda: old not in service.workers(), WAIT_SECONDS, lambda: service.output)
+            traffic.goes_on()
+        assert traffic.lost == []

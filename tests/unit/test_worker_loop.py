@@ -40,6 +40,7 @@ class Turns:
             connect=lambda sock, _address, _port: Connection(sock, parser, {}),
             settings=Settings.from_environ({}),
             max_requests=1_000,
+            on_max_requests=lambda: None,
             wake_fds=(readable, writable),
             writer=LineWriter(os.open(os.devnull, os.O_WRONLY)),
             metrics=Metrics(["/"]),

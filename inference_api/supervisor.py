@@ -1,0 +1,299 @@
+"""The master's side: as many workers as there should be, each replaced only by one that can serve."""
+
+import gc
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from operator import attrgetter
+from pathlib import Path
+from select import PIPE_BUF
+from typing import Any, NoReturn
+
+from gunicorn.errors import HaltServer
+
+from inference_api.app import Service
+from inference_api.config import Settings, SettingsError, in_force, read_settings
+from inference_api.model import ModelError
+
+LAST_THREAD_SECONDS = 1.0
+"""How long a thread that has been joined may still be seen: the kernel ends it a little later."""
+PARENT_CHECK_SECONDS = 1.0
+RESPAWN_SECONDS = 1.0
+"""How long the master waits after a worker that could not be started, or could not serve."""
+DONE = b"\0"
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
+
+NOT_READY, READY, WORN_OUT = range(3)
+"""What a worker says of itself in the one byte that it shares with the master and with younger workers."""
+
+log = logging.getLogger("inference_api")
+
+
+class Supervisor:
+    """Takes the place of those of the arbiter's methods that see to its workers.
+
+    Gunicorn ends the old workers at a reload as soon as it has forked the new ones, and has a worker that recycles
+    itself leave before its successor is forked. Here both are old workers: they serve until as many new ones are ready
+    as there should be. Nothing in the master waits but for models to be loaded, after the same has been rehearsed:
+    Gunicorn's main loop goes on, and calls `manage_workers` at least once a second.
+    """
+
+    def __init__(self, arbiter: Any, started: Settings) -> None:
+        self._arbiter = arbiter
+        self._started = started
+        self._signal, self._stop, self._reap_workers = arbiter.signal, arbiter.stop, arbiter.reap_workers
+        self._rehearsal: Rehearsal | None = None
+        self._is_loading = self._is_stopping = False
+        self._is_reloaded = True  # false while the new workers of a reload are not all ready
+        self._spawns_at = 0.0
+        arbiter.signal, arbiter.stop, arbiter.reload = self.signal, self.stop, self.reload
+        arbiter.manage_workers, arbiter.reap_workers = self.manage_workers, self.reap_workers
+
+    def signal(self, number: int, frame: Any) -> None:
+        """The handler of all signals: to be told to stop ends what is being loaded, which may take for ever."""
+        self._signal(number, frame)
+        if number in STOP_SIGNALS:
+            self._is_stopping = True
+            if self._is_loading:
+                raise KeyboardInterrupt
+
+    def stop(self, graceful: bool = True) -> None:
+        """End all workers, which are told that the service ends."""
+        self._is_stopping = True
+        self._arbiter.shutdown_flag[0] = 1
+        self._cancel()
+        self._stop(graceful)
+
+    def reload(self) -> None:
+        """Rehearse what is to be served now; where that cannot be served, the log says why, and nothing changes."""
+        self._cancel()
+        if self._is_stopping:
+            return
+        try:
+            settings = read_settings()
+            if (settings.host, settings.port) != (self._started.host, self._started.port):
+                raise SettingsError("HOST and PORT are not allowed to change at a reload: start the service anew")
+            self._rehearsal = Rehearsal(settings, self._arbiter.LISTENERS)
+        except (SettingsError, OSError) as exc:
+            _refuse(str(exc))
+
+    def manage_workers(self) -> None:
+        """Have as many workers as there should be, of these settings, and let those go that they replace."""
+        self._go_on_reloading()
+        arbiter = self._arbiter
+        workers = sorted(arbiter.WORKERS.values(), key=attrgetter("age"))
+        staying = [w for w in workers if w.cfg is arbiter.cfg and not w.is_leaving]
+        current = [w for w in staying if w.state[0] != WORN_OUT]
+        missing = arbiter.num_workers - len(current)
+        # Who is worn out can wait: those who leave may still be many.
+        leaving = sum(w.is_leaving for w in workers)
+        must_wait = max(0, len(staying) - len(current) - max(0, arbiter.num_workers - leaving))
+        self._spawn(missing - must_wait)
+        are_replaced = sum(w.state[0] == READY for w in current) >= arbiter.num_workers
+        # Those that are too many: first what is not ready, then the oldest.
+        surplus = sorted(current, key=lambda w: w.state[0] == READY)[: max(0, -missing)]
+        for worker in workers:
+            is_old = worker not in current and (are_replaced or worker.state[0] == NOT_READY)
+            worker.is_leaving = worker.is_leaving or is_old or worker in surplus
+            if worker.is_leaving:  # each time: the first may have come before it could be heard
+                worker.state[0] = NOT_READY
+                arbiter.kill_worker(worker.pid, signal.SIGTERM)
+        if are_replaced and not self._is_reloaded:
+            self._is_reloaded = True
+            log.info("reloaded", extra=effective(current[0].settings, arbiter.app.callable))
+
+    def reap_workers(self) -> None:
+        """See to workers that have ended; one that cannot serve ends the service only where no other does."""
+        arbiter = self._arbiter
+        while True:
+            before = dict(arbiter.WORKERS)
+            try:
+                self._reap_workers()
+            except HaltServer:
+                for pid in before.keys() - arbiter.WORKERS.keys():  # what Gunicorn has left out
+                    before[pid].tmp.close()
+                    arbiter.cfg.child_exit(arbiter, before[pid])
+                if not self._is_stopping:
+                    if not any(worker.state[0] for worker in arbiter.WORKERS.values()):
+                        raise
+                    log.error("a new worker cannot serve, the old ones serve on")
+                    self._spawns_at = time.monotonic() + RESPAWN_SECONDS
+            else:
+                return
+
+    def _spawn(self, count: int) -> None:
+        arbiter = self._arbiter
+        try:
+            for _ in range(count if time.monotonic() >= self._spawns_at else 0):
+                arbiter.forking = None
+                arbiter.spawn_worker()
+        except (OSError, RuntimeError) as exc:  # no descriptor, process or slot is left
+            if arbiter.forking is not None:
+                arbiter.cfg.child_exit(arbiter, arbiter.forking)
+            if not arbiter.WORKERS:
+                raise
+            log.error("a new worker cannot be started, the old ones serve on: %s", exc)
+            self._spawns_at = time.monotonic() + RESPAWN_SECONDS
+
+    def _cancel(self) -> None:
+        if self._rehearsal is not None:
+            self._rehearsal.close()
+            self._rehearsal = None
+
+    def _go_on_reloading(self) -> None:
+        rehearsal = self._rehearsal
+        outcome = rehearsal.outcome() if rehearsal is not None else None
+        if rehearsal is None or outcome is None:
+            return
+        self._cancel()
+        arbiter, cfg, settings = self._arbiter, self._arbiter.app.cfg, rehearsal.settings
+        gc.unfreeze()
+        try:
+            if outcome:
+                raise ModelError(outcome)
+            service = Service(settings)
+            if settings.preload:
+                self._load(service)
+            in_force.settings = settings
+            arbiter.app.reload()
+        except BaseException as exc:  # a model may raise KeyboardInterrupt, too
+            arbiter.app.cfg = cfg
+            if not self._is_stopping:
+                _refuse(str(exc), None if isinstance(exc, ModelError) else exc)
+            return
+        finally:
+            in_force.settings = None
+        arbiter.app.callable = service if settings.preload else None
+        arbiter.setup(arbiter.app)
+        arbiter.log.reopen_files()
+        self._is_reloaded = False
+
+    def _load(self, service: Service) -> None:
+        self._is_loading = True
+        try:
+            if self._is_stopping:  # it came before it could be heard here
+                raise KeyboardInterrupt
+            service.load()
+        finally:
+            self._is_loading = False
+            self._arbiter.init_signals()  # a model may set handlers of its own while it is loaded
+        require_one_thread()
+
+
+class Rehearsal:
+    """A child that does all that is to be done before new workers serve: where that fails, it costs no worker."""
+
+    def __init__(self, settings: Settings, listeners: Sequence[Any]) -> None:
+        self.settings = settings
+        self._master_pid = os.getpid()
+        self._readable, writable = os.pipe()
+        os.set_blocking(self._readable, False)
+        try:
+            self._pid = os.fork()
+            if not self._pid:
+                self._run(writable, listeners)
+        except OSError:
+            os.close(self._readable)
+            raise
+        finally:
+            os.close(writable)
+        with suppress(OSError):  # it does the same itself: whoever is first
+            os.setpgid(self._pid, self._pid)
+
+    def outcome(self) -> str | None:
+        """None until it has ended; then why the models cannot be served, or an empty text."""
+        has_ended = self._has_ended()  # asked first: it may tell and end in between
+        try:
+            told = os.read(self._readable, PIPE_BUF)
+        except BlockingIOError:
+            told = b""
+        if told == DONE:
+            return ""
+        if told:
+            return told.decode(errors="replace")
+        return "MODELS: the process that prepared them has died" if has_ended else None
+
+    def close(self) -> None:
+        """End it, and whatever the models have started in it."""
+        os.close(self._readable)
+        with suppress(ProcessLookupError):
+            os.killpg(self._pid, signal.SIGKILL)
+
+    def _has_ended(self) -> bool:
+        try:
+            return os.waitpid(self._pid, os.WNOHANG)[0] != 0
+        except ChildProcessError:  # Gunicorn has waited for it, as for all children
+            return True
+
+    def _run(self, writable: int, listeners: Sequence[Any]) -> NoReturn:
+        try:
+            os.setpgid(0, 0)
+            for number in STOP_SIGNALS:
+                signal.signal(number, signal.SIG_DFL)
+            for listener in listeners:
+                listener.close()
+            service = Service(self.settings)
+            failure = _failure_of(service.load, require_one_thread) if self.settings.preload else b""
+            if failure:
+                os.write(writable, failure)
+            else:
+                self._prepare(service, writable)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(os.getpid(), signal.SIGKILL)  # with all that the models have started
+            os._exit(1)
+
+    def _prepare(self, service: Service, writable: int) -> None:
+        preparing = threading.Thread(  # as in a worker
+            target=lambda: os.write(writable, _failure_of(service.prepare) or DONE), daemon=True
+        )
+        preparing.start()
+        while preparing.is_alive() and os.getppid() == self._master_pid:
+            preparing.join(PARENT_CHECK_SECONDS)
+
+
+def _failure_of(*steps: Callable[[], None]) -> bytes:
+    """The words of what the first of these steps to fail raises, as many as one write to a pipe takes."""
+    try:
+        for step in steps:
+            step()
+    except BaseException as exc:  # a model may raise KeyboardInterrupt, too
+        if not isinstance(exc, ModelError):
+            log.exception("preparing the models failed")
+        return (str(exc) or type(exc).__name__).encode(errors="replace")[:PIPE_BUF]
+    return b""
+
+
+def effective(settings: Settings, service: object) -> dict[str, Any]:
+    """The settings in force as fields of a log line."""
+    fields = settings.effective()
+    if isinstance(service, Service):  # only a service whose models are loaded knows
+        fields["THREADS"] = service.threads
+    return fields
+
+
+def require_one_thread() -> None:
+    """What must hold before a fork; raises ModelError."""
+    deadline = time.monotonic() + LAST_THREAD_SECONDS
+    while (threads := _count_threads()) > 1:
+        if time.monotonic() >= deadline:
+            raise ModelError(
+                f"PRELOAD=true is not allowed: loading the models started threads ({threads - 1}), which do not exist "
+                "in a forked worker and would leave it hanging; set PRELOAD=false, or keep the library from starting "
+                "them (for many: OMP_NUM_THREADS=1, OPENBLAS_NUM_THREADS=1)"
+            )
+        time.sleep(0.01)
+
+
+def _count_threads() -> int:
+    # The threads of libraries are not Python's, only the kernel knows all of them.
+    tasks = Path("/proc/self/task")
+    return len(list(tasks.iterdir())) if tasks.is_dir() else threading.active_count()
+
+
+def _refuse(reason: str, exc: BaseException | None = None) -> None:
+    log.error("reload refused, the old workers serve on: %s", reason, exc_info=exc)
