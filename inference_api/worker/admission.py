@@ -1,7 +1,6 @@
 """Which requests are let in: by how many wait, and by whether their answer would come in time."""
 
 import math
-from collections.abc import Iterable
 
 from inference_api.worker.pool import Pool
 from inference_api.worker.wsgi import Exchange
@@ -45,11 +44,12 @@ class Admission:
         pool = self._pool
         cost = self._service_seconds.get(exchange.path, 0.0)
         # Where a thread is free there is nothing to wait for, and something to learn of a service time that has grown.
-        if pool.taken >= pool.size:
+        waiting = len(pool.taken) - pool.size  # not the queue's length: a thread may be about to take from it
+        if waiting >= 0:
             threads = pool.useful_threads
             if threads <= 0:
                 return "stuck"
-            if pool.taken - pool.size >= self._max_pending:  # not by the queue: a thread may be about to take from it
+            if waiting >= self._max_pending:
                 return "pending"
             if self._backlog_seconds / threads + cost > self._longest_seconds:
                 return "deadline"
@@ -92,14 +92,16 @@ class Admission:
         known = self._busy_seconds if exchange.path in self._busy_seconds else self._service_seconds
         known[exchange.path] = seconds
 
-    def hopeless(self, exchanges: Iterable[Exchange], now: float) -> list[Exchange]:
+    def hopeless(self, now: float) -> list[Exchange]:
         """Those of the requests let in that, by what has been learnt since, cannot be answered in time."""
         threads = self._pool.useful_threads
         if threads <= 0:
             return []
         found = []
         wait_seconds = 0.0
-        for exchange in sorted(exchanges, key=lambda exchange: exchange.arrived):
+        for exchange in self._pool.taken:
+            if exchange.abandoned:
+                continue
             if exchange.started:
                 self._guess(exchange.path, now - exchange.started)
                 continue

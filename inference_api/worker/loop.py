@@ -96,7 +96,6 @@ class Loop:
         # Were every connection taken by a request that waits, nobody could be told that it waits in vain.
         max_waiting = settings.max_connections - settings.max_connections // RESERVED_PART
         self._admission = Admission(self._pool, min(settings.max_pending, max_waiting), settings.request_timeout)
-        self._orphans: set[Exchange] = set()  # that threads run although their clients have left
         self._role = Role(self, self._pool, self._outbox.resumed, self._admission)
         self._lifecycle = Lifecycle(settings, self._listener, self._outbox, is_shutdown)
         self._has_forked = False
@@ -234,7 +233,6 @@ class Loop:
             self._get_pool.take_back(exchange)
             return
         self._pool.take_back(exchange)
-        self._orphans.discard(exchange)
         self._admission.leave(exchange)
         if exchange.ended and exchange.status not in _NOT_SERVED:
             self._admission.observe(exchange, exchange.ended - exchange.started)
@@ -339,7 +337,7 @@ class Loop:
         self._connections.watch(connection, connection.events & ~READ)
         phase, exchange = connection.phase, connection.exchange
         if exchange is not None:
-            is_about_to_run = exchange.started or self._pool.taken <= self._pool.size
+            is_about_to_run = exchange.started or len(self._pool.taken) <= self._pool.size
             # What waits is not run for nobody, as in nginx.
             if not exchange.is_get and (exchange.is_waiting or not is_about_to_run):
                 self._lost(connection)
@@ -470,8 +468,6 @@ class Loop:
             exchange.status = GONE_STATUS
             self._metrics.count("requests_gone")
             self._journal.record(exchange, self._now)
-            if exchange.started and not exchange.is_get and not exchange.ended:
-                self._orphans.add(exchange)
         self._connections.close(connection)
 
     def _abandon(self, exchange: Exchange) -> None:
@@ -507,11 +503,13 @@ class Loop:
         for connection in [c for c in self._connections if c.expires <= now]:
             self._guarded(self._expire, connection)
         self._connections.resume()
+        self._check_threads()
         if pool.jobs:
-            self._shed_hopeless()
+            for exchange in self._admission.hopeless(now):
+                self._abandon(exchange)
+                self._shed(exchange.connection, exchange, "deadline")
         self._admission.forget(now)
         self._advance_end()
-        self._check_threads()
         self._listener.tick(now)
         if now >= self._next_heartbeat:
             self._next_heartbeat = now + HEARTBEAT_SECONDS
@@ -520,7 +518,7 @@ class Loop:
                 self._lifecycle.shut_down(now)
         pending = len(pool.jobs)
         self._metrics.gauges(
-            in_flight=max(0, pool.taken - pending),
+            in_flight=max(0, len(pool.taken) - pending),
             pending=pending,
             connections=len(self._connections),
             threads_stuck=len(pool.overdue),
@@ -534,8 +532,6 @@ class Loop:
             self._refuse(connection, 408, f"The request took longer than {self._settings.read_timeout:g} seconds.")
         elif exchange is not None:
             self._abandon(exchange)
-            if exchange.started and not exchange.is_get:
-                self._overdue(exchange)
             self._metrics.count("requests_timed_out")
             log.warning("deadline passed", extra={**exchange.log_fields, "started": bool(exchange.started)})
             if exchange.room is not None:  # part of the answer is out
@@ -547,30 +543,19 @@ class Loop:
         else:
             self._connections.close(connection)
 
-    def _overdue(self, exchange: Exchange) -> None:
-        """Its thread is not counted on any more, until it comes back."""
-        self._pool.overdue.add(exchange)
-        self._admission.leave(exchange)
-
-    def _shed_hopeless(self) -> None:
-        """Refuse at once what waits and, by what has been learnt since, cannot be answered in time."""
-        exchanges = [c.exchange for c in self._connections if c.exchange is not None and not c.exchange.is_get]
-        for exchange in self._admission.hopeless(exchanges, self._now):
-            self._abandon(exchange)
-            self._shed(exchange.connection, exchange, "deadline")
-
     def _check_threads(self) -> None:
         """A worker whose threads are all stuck lets nobody in, and its heartbeat ends, so that it is replaced."""
-        for exchange in [e for e in self._orphans if e.deadline <= self._now]:
-            self._orphans.remove(exchange)
-            self._overdue(exchange)
-        is_stuck = 0 < self._pool.size <= len(self._pool.overdue)
+        pool = self._pool
+        pool.overdue = {exchange for exchange in pool.taken if exchange.started and exchange.deadline <= self._now}
+        for exchange in pool.overdue:  # which are not counted on any more, until they come back
+            self._admission.leave(exchange)
+        is_stuck = 0 < pool.size <= len(pool.overdue)
         if is_stuck and not self._lifecycle.is_in_grace:
             self._listener.pause(self._now)
         if is_stuck != self._lifecycle.is_stuck:
             self._lifecycle.is_stuck = is_stuck
             if is_stuck:
-                log.error("all threads are stuck", extra={"threads": self._pool.size})
+                log.error("all threads are stuck", extra={"threads": pool.size})
             else:
                 log.warning("threads are free again")
 

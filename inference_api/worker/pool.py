@@ -62,8 +62,8 @@ class Pool:
         self._outbox = outbox
         self.size = 0
         self.jobs: deque[Exchange] = deque()
-        self.taken = 0  # exchanges that wait or run
-        self.overdue: set[Exchange] = set()  # the ones that run past their deadline
+        self.taken: dict[Exchange, None] = {}  # that wait or run, in the order in which they came
+        self.overdue: set[Exchange] = set()  # of them, those that run past their deadline
         self._idle: list[threading.Lock] = []
         self._exits: list[None] = []  # one for each thread that has been replaced, and is to end
         self.run = run
@@ -81,7 +81,7 @@ class Pool:
 
     def submit(self, exchange: Exchange) -> None:
         """Queue a request; `wake` lets it be run, and its last piece must be followed by `take_back`."""
-        self.taken += 1
+        self.taken[exchange] = None
         self.jobs.append(exchange)
 
     def withdraw(self, exchange: Exchange) -> bool:
@@ -90,7 +90,7 @@ class Pool:
             self.jobs.remove(exchange)
         except ValueError:
             return False
-        self.taken -= 1
+        del self.taken[exchange]
         return True
 
     @property
@@ -116,7 +116,7 @@ class Pool:
 
     def take_back(self, exchange: Exchange) -> None:
         """A thread is done with a request."""
-        self.taken -= 1
+        del self.taken[exchange]
         self.overdue.discard(exchange)
 
     def wake(self) -> None:

@@ -19,7 +19,7 @@ class FakePool:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.taken = 0
+        self.taken: dict[Exchange, None] = {}
         self.jobs: list[Exchange] = []
         self.overdue: set[Exchange] = set()
 
@@ -43,8 +43,8 @@ class Queue:
         reason = self.admission.enter(new)
         if reason is not None:
             return reason
-        self.pool.taken += 1
-        if self.pool.taken > self.pool.size:
+        self.pool.taken[new] = None
+        if len(self.pool.taken) > self.pool.size:
             self.pool.jobs.append(new)
         else:
             new.started = arrived or 0.001
@@ -134,12 +134,12 @@ def test_after_a_lull_what_was_slow_is_not_taken_for_slow_any_more() -> None:
     (running,) = queue.add_many(1)
     queue.admission.forget(100.0)
     assert queue.add() == "deadline"
-    queue.pool.taken = 0
+    queue.pool.taken.clear()
     queue.admission.leave(running)
     queue.admission.forget(100.0 + FORGET_SECONDS)
     queue.add_many(1)
     assert queue.add() == "deadline"
-    queue.pool.taken = 0
+    queue.pool.taken.clear()
     queue.admission.forget(100.1 + FORGET_SECONDS)
     queue.add_many(2)
     assert queue.admission.is_quick(exchange("/quick"))
@@ -168,8 +168,10 @@ def test_what_has_become_hopeless_is_found() -> None:
     """Five wait when it turns out that each takes 4 s: those that cannot be answered in time are given up."""
     queue = Queue()
     exchanges = queue.add_many(2 + MAX_PENDING)
-    assert queue.admission.hopeless(exchanges, 4.0) == exchanges[4:]
-    assert queue.admission.hopeless(exchanges[:4], 4.0) == []
+    assert queue.admission.hopeless(4.0) == exchanges[4:]
+    for given_up in exchanges[4:]:
+        given_up.abandoned = True
+    assert queue.admission.hopeless(4.0) == []
     assert queue.add() == "pending"
 
 
@@ -178,7 +180,7 @@ def test_a_guess_is_forgotten_once_it_is_known_better() -> None:
     queue = Queue(threads=1)
     running, waiting = queue.add_many(2)
     for now, cost in ((0.5, 0.5), (1.5, 1.5), (1.0, 1.5)):
-        assert queue.admission.hopeless([running, waiting], now) == []
+        assert queue.admission.hopeless(now) == []
         assert waiting.cost == pytest.approx(cost, abs=0.01)
     queue.admission.observe(running, 4.0)
     known = queue.add()
@@ -189,17 +191,17 @@ def test_a_guess_is_forgotten_once_it_is_known_better() -> None:
 def test_the_first_in_the_queue_has_its_chance() -> None:
     """However long a request is expected to take, the next to be run is not given up before."""
     queue = Queue(threads=1)
-    running, waiting = queue.add_many(2)
+    running, _ = queue.add_many(2)
     queue.admission.observe(running, 50.0)
-    assert queue.admission.hopeless([running, waiting], 5.0) == []
+    assert queue.admission.hopeless(5.0) == []
 
 
 def test_nothing_is_hopeless_where_all_threads_are_stuck() -> None:
     """They may come back; whoever waits is answered at the deadline."""
     queue = Queue(threads=1)
-    first, second = queue.add_many(2)
+    first, _ = queue.add_many(2)
     queue.pool.overdue.add(first)
-    assert queue.admission.hopeless([first, second], 9.0) == []
+    assert queue.admission.hopeless(9.0) == []
 
 
 def served(waited_seconds: float) -> Exchange:

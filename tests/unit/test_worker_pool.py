@@ -60,7 +60,7 @@ def test_one_wake_starts_as_many_threads_as_there_is_work_for(runs: Runs) -> Non
         pool.submit(exchange())
     pool.wake()
     wait_for(lambda: len(runs.started) == 4)
-    assert (pool.taken, len(pool.jobs)) == (6, 2)
+    assert (len(pool.taken), len(pool.jobs)) == (6, 2)
     runs.is_open.set()
     wait_for(lambda: len(runs.ended) == 6)
 
@@ -78,12 +78,12 @@ def test_a_request_is_withdrawn_or_run(runs: Runs) -> None:
     assert not pool.withdraw(first)
     assert pool.withdraw(second)
     assert not pool.withdraw(second)
-    assert pool.taken == 2
+    assert list(pool.taken) == [first, third]
     runs.is_open.set()
     wait_for(lambda: runs.ended == [first, third])
     for each in (first, third):
         pool.take_back(each)
-    assert pool.taken == 0
+    assert not pool.taken
 
 
 def test_overdue_threads_are_not_counted_on(runs: Runs) -> None:
