@@ -53,12 +53,9 @@ class Admission:
                 return "pending"
             if self._backlog_seconds / threads + cost > self._longest_seconds:
                 return "deadline"
-        self._charge(exchange, cost)
-        return None
-
-    def _charge(self, exchange: Exchange, cost: float) -> None:
         exchange.cost = cost
         self._backlog_seconds += cost
+        return None
 
     def is_quick(self, exchange: Exchange) -> bool:
         """Whether a request is known to keep a thread busy for next to no time."""
@@ -110,7 +107,8 @@ class Admission:
             if wait_seconds and now + wait_seconds + cost > exchange.deadline:
                 found.append(exchange)
             else:
-                self._charge(exchange, cost)
+                exchange.cost = cost
+                self._backlog_seconds += cost
                 wait_seconds += cost / threads
         return found
 
