@@ -26,6 +26,7 @@ _ILL_BEGUN = re.compile(rb"\A[^!#$%&'*+\-.^_`|~0-9A-Za-z\r]|[\x00-\x08\x0b\x0c\x
 _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})[\t ]*(?:;%b)?" % _VALUE.encode())
 _TRAILER_LINE = re.compile(f"{_NAME}:{_VALUE}".encode())
 _HOST = re.compile(r"(?:[A-Za-z0-9\-._~!$&'()*+,;=%]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?")
+_HEAD_TOO_LONG = f"The header section may have at most {MAX_HEAD_BYTES} bytes."
 _SINGLE_FIELDS = frozenset({"HTTP_HOST", "CONTENT_LENGTH", "CONTENT_TYPE"})
 
 
@@ -71,7 +72,7 @@ class RequestParser:
         elif len(head) > self._max_line_bytes + 1:
             raise self._line_too_long()
         if len(head) > MAX_HEAD_BYTES:
-            raise _head_too_long()
+            raise Refusal(431, _HEAD_TOO_LONG)
 
     def parse(self, head: bytes, environ: dict[str, Any], scheme_fields: Sequence[tuple[str, str]] = ()) -> Head:
         """Read a whole head, without its empty line, into `environ`, where stands what was understood if it is refused.
@@ -119,7 +120,7 @@ class RequestParser:
         if len(lines[0]) > self._max_line_bytes:
             raise self._line_too_long()
         if sum(map(len, lines)) > MAX_HEAD_BYTES:
-            raise _head_too_long()
+            raise Refusal(431, _HEAD_TOO_LONG)
         if max(map(len, lines[1:]), default=0) > self._max_field_bytes:
             raise Refusal(431, f"A header field may have at most {self._max_field_bytes} bytes.")
 
@@ -162,7 +163,7 @@ def _request_line(line: str) -> tuple[dict[str, str], bool, str]:
         scheme, _, rest = before_query.partition("://")
         authority, _, path = rest.partition("/")
         path = f"/{path}"
-        if scheme.lower() not in ("http", "https") or not authority or not _is_host(authority):
+        if scheme.lower() not in ("http", "https") or not authority or not _HOST.fullmatch(authority):
             raise Refusal(400, "The request target is not valid.")
     variables = {
         "REQUEST_METHOD": method,
@@ -182,7 +183,7 @@ def _field(line: str) -> tuple[str, str]:
         raise Refusal(400, "A header field is not valid.")
     key = (_field_key if len(name) <= MEMO_NAME_BYTES else _field_key.__wrapped__)(name)
     value = value.strip("\t ")
-    if key == "HTTP_HOST" and not _is_host(value):
+    if key == "HTTP_HOST" and not _HOST.fullmatch(value):
         raise Refusal(400, "The header field Host is not valid.")
     return key, value
 
@@ -195,14 +196,6 @@ def _field_key(name: str) -> str:
         return ""  # X_API_Key and X-API-Key would be the same variable: a proxy may have checked only one of them
     key = name.upper().replace("-", "_")
     return key if key in ("CONTENT_LENGTH", "CONTENT_TYPE") else f"HTTP_{key}"
-
-
-def _is_host(text: str) -> bool:
-    return _HOST.fullmatch(text) is not None
-
-
-def _head_too_long() -> Refusal:
-    return Refusal(431, f"The header section may have at most {MAX_HEAD_BYTES} bytes.")
 
 
 def _body_too_large(max_body_bytes: int) -> Refusal:
