@@ -24,7 +24,6 @@ MAX_STREAM_BYTES = 1_048_576
 """Bytes of a streamed answer that may wait for the client before the application is made to wait."""
 STREAM_CHECK_SECONDS = 1.0
 MEMO_STATUSES = 32
-FAILED = "The service failed."
 
 ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None]
 Headers = list[tuple[str, str]]
@@ -116,38 +115,29 @@ class Exchange:
                 self.waited_seconds = time.monotonic() - self._waiting_since if self.place is not None else math.inf
             if type(result) is list:  # nearly always; it has no close()
                 self._finish(result)
-            elif not self._defer(result):
-                try:
-                    self._finish(result)
-                finally:
-                    self._close(result)
+                return
+            if self.later is None and hasattr(result, "when_ready"):
+                if self.place is not None:  # no thread is to wait for it
+                    self.later = cast(Later, result)
+                    self._waiting_since: float = time.monotonic()
+                    return
+                self.waited_seconds = math.inf  # it is not known how much of its time: its thread is going to wait
+            try:
+                self._finish(result)
+            finally:
+                self.later = None
+                if close := getattr(result, "close", None):
+                    close()
         except GoneError:
             self._give_up()
         except BaseException:
             log.exception("the application failed", extra=self.log_fields)
             self._give_up()
 
-    def _defer(self, result: Iterable[bytes]) -> bool:
-        """Keep an answer for when it has come, where no thread is to wait for it; else returns False."""
-        if self.later is not None or not hasattr(result, "when_ready"):
-            return False
-        if self.place is None:
-            self.waited_seconds = math.inf  # it is not known how much of its time: its thread is going to wait
-            return False
-        self.later = cast(Later, result)
-        self._waiting_since = time.monotonic()
-        return True
-
     def begin(self) -> None:
         """Have made what is to come later; the I/O thread is told to run this again once it is there."""
         if self.later is not None:
             self.later.when_ready(lambda: self._outbox.resume(self))
-
-    def _close(self, result: Iterable[bytes]) -> None:
-        self.later = None
-        close = getattr(result, "close", None)
-        if close is not None:
-            close()
 
     def start_response(self, status: str, headers: Headers, exc_info: ExcInfo | None = None) -> Callable[[bytes], None]:
         """PEP 3333's start_response; raises AssertionError or ValueError for what an application may not do."""
@@ -230,7 +220,7 @@ class Exchange:
             return
         if self.room is None:
             self.status = 500
-            self._end(problem_answer(self, 500, FAILED))
+            self._end(problem_answer(self, 500, "The service failed."))
         else:
             self._end(b"" if self._left == 0 else None)  # all that was promised has come, or not
 
