@@ -228,12 +228,10 @@ class LineWriter:
         try:
             while data:
                 data = data[os.write(self.fd, data) :]
-        except BlockingIOError:  # somebody else has made this pipe or terminal non-blocking
+        except OSError as exc:  # the reader has gone, or the disk is full
             self.dropped += len(chunk)
-            time.sleep(GATHER_SECONDS)
-            return
-        except OSError:  # the reader has gone, or the disk is full
-            self.dropped += len(chunk)
+            if isinstance(exc, BlockingIOError):  # somebody else has made this pipe or terminal non-blocking
+                time.sleep(GATHER_SECONDS)
             return
         if self.dropped != self._dropped_reported:
             dropped, self._dropped_reported = self.dropped - self._dropped_reported, self.dropped

@@ -66,21 +66,19 @@ class Later:
         return 1
 
     def __iter__(self) -> Iterator[bytes]:
-        yield self._body()
-
-    def _body(self) -> bytes:
         req, resp = self._req, self._resp
         resp.stream = None  # which is this: a cycle would keep the request until the collector finds it
         serving.environ = req.env
         try:
-            return self._encode(self._call.result())
+            body = self._encode(self._call.result())
         except Exception as exc:
             errors.handle(req, resp, exc)
             # Nothing has been sent, so that PEP 3333 allows another status and other fields instead of a success's.
             req.env["inference_api.start_response"](resp.status, [*resp.headers.items()], sys.exc_info())
-            return resp.data or b""
+            body = resp.data or b""
         finally:
             serving.environ = None
+        yield body
 
 
 class Prediction:
