@@ -6,7 +6,6 @@ import selectors
 import socket
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
@@ -87,7 +86,7 @@ class Loop:
         self._selector = selectors.DefaultSelector()
         self._connections = Connections(self._selector, settings.max_connections)
         self._listener = Listener(listeners, self._selector, self._connections, self._admit)
-        self._ready: deque[Connection] = deque()  # that have more requests in their buffer
+        self._ready: list[Connection] = []  # that have more requests in their buffer
         self._wake_fd = wake_fds[0]
         self._selector.register(self._wake_fd, READ)
         self._outbox = Outbox(wake_fds[1])
@@ -159,8 +158,10 @@ class Loop:
             knocked += self._read(events[first : first + CONNECTIONS_AT_ONCE])
         if FEW_CONNECTIONS < len(events) <= CONNECTIONS_AT_ONCE:  # the others of those that were answered together
             knocked += self._read(self._selector.select(0.0))
-        for _ in range(len(self._ready)):
-            self._guarded(self._go_on, self._ready.popleft())
+        ready, self._ready = self._ready, []
+        for connection in ready:
+            if connection.phase is Phase.IDLE:  # more of the request has not come meanwhile
+                self._guarded(self._advance, connection)
         for listening in knocked:  # last: to let somebody in may close a connection that looks idle until it is read
             self._listener.accept(listening, self._now)
         self._get_pool.wake()
@@ -285,11 +286,7 @@ class Loop:
             if len(connection.buffer) > MAX_PIPELINED_BYTES:
                 self._connections.watch(connection, connection.events & ~READ)
 
-    def _go_on(self, connection: Connection) -> None:
-        if connection.phase is Phase.IDLE:
-            self._advance(connection, b"")
-
-    def _advance(self, connection: Connection, data: bytes) -> None:
+    def _advance(self, connection: Connection, data: bytes = b"") -> None:
         try:
             exchange = connection.next_request(data)
         except Refusal as refusal:
