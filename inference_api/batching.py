@@ -103,13 +103,14 @@ class Gathering:
 class Call:
     """What one request asks of a model that batches: its inputs, and in time their outputs."""
 
-    __slots__ = ("_failure", "_left", "_outputs", "_submit", "_tell", "caller", "environ", "inputs")
+    __slots__ = ("_failure", "_has_begun", "_left", "_outputs", "_submit", "_tell", "caller", "environ", "inputs")
 
     def __init__(self, inputs: Sequence[Any], caller: Caller, submit: "Callable[[Call], None]") -> None:
         self.inputs = inputs
         self.caller = caller
         self.environ = serving.environ  # of the request, for lines that its model logs
-        self._submit: Callable[[Call], None] | None = submit
+        self._submit = submit
+        self._has_begun = False
         self._outputs: list[Any] = [None] * len(inputs)
         self._left = len(inputs)  # inputs that an output is still to come for
         self._failure: Exception | None = None
@@ -118,22 +119,20 @@ class Call:
     def begin(self, tell: Callable[[], None]) -> None:
         """Have the model called; `tell` is called, in another thread, once there is a result."""
         self._tell = tell
-        submit, self._submit = self._submit, None
-        if submit is not None:
-            self.caller.is_waiting = True
-            try:
-                submit(self)
-            except RuntimeError as exc:  # no more threads can be started
-                self.caller.is_waiting = False
-                self.fail(InferenceError(str(exc)))
-                self.settle()
+        self._has_begun = self.caller.is_waiting = True
+        try:
+            self._submit(self)
+        except RuntimeError as exc:  # no more threads can be started
+            self.caller.is_waiting = False
+            self.fail(InferenceError(str(exc)))
+            self.settle()
 
     def result(self) -> list[Any]:
         """One output for each input, in order; to be called once. Where the call has not begun, this waits for it.
 
         Raises UnfitInputError, InferenceError or AbandonedError.
         """
-        if self._submit is not None:
+        if not self._has_begun:
             settled = threading.Lock()
             settled.acquire()
             self.begin(settled.release)
