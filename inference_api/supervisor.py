@@ -48,7 +48,7 @@ class Supervisor:
         self._signal, self._stop, self._reap_workers = arbiter.signal, arbiter.stop, arbiter.reap_workers
         self._rehearsal: Rehearsal | None = None
         self._is_loading = self._is_stopping = False
-        self._is_reloaded = True  # false while the new workers of a reload are not all ready
+        self._reloading: Settings | None = None  # what is to be in force once the new workers are ready
         self._spawns_at = 0.0
         arbiter.signal, arbiter.stop, arbiter.reload = self.signal, self.stop, self.reload
         arbiter.manage_workers, arbiter.reap_workers = self.manage_workers, self.reap_workers
@@ -102,28 +102,28 @@ class Supervisor:
             if worker.is_leaving:  # each time: the first may have come before it could be heard
                 worker.state[0] = NOT_READY
                 arbiter.kill_worker(worker.pid, signal.SIGTERM)
-        if are_replaced and not self._is_reloaded:
-            self._is_reloaded = True
-            log.info("reloaded", extra=effective(current[0].settings, arbiter.app.callable))
+        if are_replaced and self._reloading is not None:
+            log.info("reloaded", extra=effective(self._reloading, arbiter.app.callable))
+            self._reloading = None
 
     def reap_workers(self) -> None:
         """See to workers that have ended; one that cannot serve ends the service only where no other does."""
         arbiter = self._arbiter
-        while True:
-            before = dict(arbiter.WORKERS)
-            try:
-                self._reap_workers()
-            except HaltServer:
-                for pid in before.keys() - arbiter.WORKERS.keys():  # what Gunicorn has left out
-                    before[pid].tmp.close()
-                    arbiter.cfg.child_exit(arbiter, before[pid])
-                if not self._is_stopping:
-                    if not any(worker.state[0] for worker in arbiter.WORKERS.values()):
-                        raise
-                    log.error("a new worker cannot serve, the old ones serve on")
-                    self._spawns_at = time.monotonic() + RESPAWN_SECONDS
-            else:
-                return
+        before = dict(arbiter.WORKERS)
+        starting = {pid for pid, w in before.items() if w.state[0] == NOT_READY and not w.is_leaving}
+        try:
+            self._reap_workers()
+        except HaltServer:
+            for pid in before.keys() - arbiter.WORKERS.keys():  # what Gunicorn has left out
+                before[pid].tmp.close()
+                arbiter.cfg.child_exit(arbiter, before[pid])
+            if not self._is_stopping:
+                if not any(worker.state[0] for worker in arbiter.WORKERS.values()):
+                    raise
+                log.error("a new worker cannot serve, the old ones serve on")
+            self.reap_workers()  # the others
+        if starting - arbiter.WORKERS.keys():
+            self._spawns_at = time.monotonic() + RESPAWN_SECONDS
 
     def _spawn(self, count: int) -> None:
         arbiter = self._arbiter
@@ -170,7 +170,7 @@ class Supervisor:
         arbiter.app.callable = service if settings.preload else None
         arbiter.setup(arbiter.app)
         arbiter.log.reopen_files()
-        self._is_reloaded = False
+        self._reloading = settings
 
     def _load(self, service: Service) -> None:
         self._is_loading = True
