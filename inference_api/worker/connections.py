@@ -3,7 +3,6 @@
 import logging
 import selectors
 import socket
-from collections.abc import Iterator
 from operator import itemgetter
 
 from inference_api.worker.connection import Connection, Phase
@@ -21,31 +20,22 @@ READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 _IDLE_PHASES = (Phase.IDLE, Phase.LINGERING)
 
 
-class Connections:
-    """The I/O thread alone touches them."""
+class Connections(set[Connection]):
+    """Those that are open. The I/O thread alone touches them."""
 
     def __init__(self, selector: selectors.BaseSelector, max_connections: int) -> None:
+        super().__init__()
         self._selector = selector
         self._max_connections = max_connections
-        self._open: set[Connection] = set()
         self._evictable: list[tuple[Connection, float]] = []  # that were idle, since when; the longest last
         self._held_bytes = 0
         self._paused: dict[Connection, None] = {}  # that hold much: in the order in which they may go on
         self._unread: dict[Connection, int] = {}  # bytes of their answers, the oldest first
         self._unread_bytes = 0
 
-    def __len__(self) -> int:
-        return len(self._open)
-
-    def __iter__(self) -> Iterator[Connection]:
-        return iter(self._open)
-
-    def __contains__(self, connection: Connection) -> bool:
-        return connection in self._open
-
     def add(self, connection: Connection) -> None:
         """Read from a new one."""
-        self._open.add(connection)
+        super().add(connection)
         self.watch(connection, READ)
 
     def close(self, connection: Connection) -> None:
@@ -55,7 +45,7 @@ class Connections:
         connection.exchange = None  # which refers back to it
         self.hold(connection, 0)
         self.was_read(connection)
-        self._open.discard(connection)
+        self.discard(connection)
 
     def watch(self, connection: Connection, events: int) -> None:
         """Have the selector watch it for these events."""
@@ -73,7 +63,7 @@ class Connections:
 
     def has_room(self, now: float) -> bool:
         """Whether one more may be opened, if need be in the place of one that is idle."""
-        return len(self._open) < self._max_connections or self.evict(now)
+        return len(self) < self._max_connections or self.evict(now)
 
     def evict(self, now: float) -> bool:
         """Close the connection that has been idle for longest; returns whether there was one."""
@@ -84,12 +74,12 @@ class Connections:
                     self.close(connection)
                     return True
             # Not one that was accepted in this very turn: nobody has looked yet whether its request has come.
-            idle = ((c, c.since) for c in self._open if c.phase in _IDLE_PHASES and c.since < now)
+            idle = ((c, c.since) for c in self if c.phase in _IDLE_PHASES and c.since < now)
             self._evictable = sorted(idle, key=itemgetter(1), reverse=True)
         return False
 
     def _is_idle(self, connection: Connection) -> bool:
-        if connection.phase not in _IDLE_PHASES or connection.buffer or connection not in self._open:
+        if connection.phase not in _IDLE_PHASES or connection.buffer or connection not in self:
             return False
         try:
             return connection.phase is Phase.LINGERING or not connection.sock.recv(1, socket.MSG_PEEK)
