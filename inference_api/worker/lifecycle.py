@@ -32,28 +32,23 @@ class Lifecycle:
         self._listener = listener
         self._outbox = outbox
         self._is_shutdown = is_shutdown
-        self._leaves_at = math.inf
-        self._drain_ends: float | None = None
-        self._grace_ends: float | None = None
+        self._leaves_at = self._drain_ends = math.inf
+        self.grace_ends = math.inf  # when what has not been finished is lost
 
     @property
     def state(self) -> str:
         """What /health says: "healthy", "draining" or "stuck"."""
-        return "stuck" if self.is_stuck else "draining" if self._drain_ends is not None else "healthy"
+        return "stuck" if self.is_stuck else "draining" if self._drain_ends < math.inf else "healthy"
 
     @property
     def is_serving(self) -> bool:
         """Whether the end has not begun."""
-        return self._drain_ends is None and self._grace_ends is None
+        return self._drain_ends == self.grace_ends == math.inf
 
     @property
     def is_in_grace(self) -> bool:
         """Whether nobody is let in any more."""
-        return self._grace_ends is not None
-
-    def is_past_grace(self, now: float) -> bool:
-        """Whether what has not been finished by now is lost."""
-        return self._grace_ends is not None and now >= self._grace_ends
+        return self.grace_ends < math.inf
 
     def stop(self, now: float) -> None:
         """A SIGTERM has come: this worker is to leave, unless it becomes known that the service is shut down."""
@@ -61,12 +56,12 @@ class Lifecycle:
 
     def shut_down(self, now: float) -> None:
         """The service ends: serve on as a lame duck, /health saying so, then let nobody in and finish."""
-        if self._drain_ends is None:
+        if self._drain_ends == math.inf:
             log.info("draining", extra={"seconds": self._settings.drain_seconds})
             self._outbox.closing = True
             self._listener.serve()
             self._drain_ends = now + self._settings.drain_seconds
-            self._grace_ends = None
+            self.grace_ends = math.inf
 
     def leave(self, now: float) -> None:
         """This worker is replaced: let nobody in, finish, and go. Others serve on, so that /health does not change."""
@@ -81,11 +76,11 @@ class Lifecycle:
             self.shut_down(now)
         elif now >= self._leaves_at:
             self.leave(now)
-        if self._drain_ends is not None and self._grace_ends is None and now >= self._drain_ends:
+        if now >= self._drain_ends and not self.is_in_grace:
             self._listener.close(now)
             self._begin_grace(now)
         return self.is_in_grace and not was_in_grace
 
     def _begin_grace(self, now: float) -> None:
         self._outbox.closing = True
-        self._grace_ends = now + self._settings.graceful_timeout
+        self.grace_ends = now + self._settings.graceful_timeout

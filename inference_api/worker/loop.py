@@ -561,7 +561,7 @@ class Loop:
             for connection in self._connections:
                 if connection.phase is Phase.IDLE:
                     connection.expires = min(connection.expires, self._now + IDLE_AT_CLOSE_SECONDS)
-        if self._lifecycle.is_past_grace(self._now):
+        if self._now >= self._lifecycle.grace_ends:
             unanswered = [c for c in self._connections if c.exchange is not None]
             if unanswered:
                 log.error("grace period over, requests lost", extra={"lost": len(unanswered)})
