@@ -24,40 +24,35 @@ class Journal:
         self._metrics = metrics if settings.metrics else None
         self._writer = writer
         self._has_lines = settings.access_log and logging.getLogger().isEnabledFor(logging.INFO)
-        self._entries: list[tuple[Exchange, int, float]] = []
+        self.entries: list[tuple[Exchange, int, float]] = []  # still to be told of
         self._is_batch = False  # the last of them came with a batch
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether there is nothing to tell of."""
-        return not self._entries
 
     def record(self, exchange: Exchange, now: float) -> None:
         """Tell of a request, whatever has become of it."""
         exchange.environ = _NO_ENVIRON  # which refers back to the exchange, and holds the body
         seconds = max(now, exchange.ended) - exchange.arrived  # it may have been run in this very turn
         # With its status of now: of one that is given up, the application may still set another.
-        self._entries.append((exchange, exchange.status, seconds))
+        self.entries.append((exchange, exchange.status, seconds))
         self._is_batch = exchange.waited_seconds > 0.0
 
     def write_after_turn(self) -> None:
         """The same as `write`, but not yet after a batch: its clients ask again, and the next batch waits for that."""
-        if not self._is_batch or len(self._entries) >= MAX_ENTRIES:
+        if not self._is_batch or len(self.entries) >= MAX_ENTRIES:
             self.write()
 
     def write(self) -> None:
         """Count the requests, and hand their lines to the writer."""
-        if self._entries:
+        if self.entries:
             try:
                 self._write()
             except Exception:
                 log.exception("requests are missing in the access log and the metrics")
-            self._entries.clear()
+            self.entries.clear()
 
     def _write(self) -> None:
         stamp = timestamp(time.time())
         lines: list[bytes] = []
-        for exchange, status, seconds in self._entries:
+        for exchange, status, seconds in self.entries:
             started = exchange.started
             wait_seconds = started - exchange.arrived if started else None
             if self._metrics is not None:

@@ -147,7 +147,7 @@ class Loop:
         self._get_pool.wake()  # for what its thread has left while too many answers waited to be sent
         outbox.is_asleep = True
         is_due = outbox.pieces or outbox.resumed or self._ready or not may_wait
-        may_sleep = not is_due and self._journal.is_empty
+        may_sleep = not is_due and not self._journal.entries
         events = self._selector.select(max(0.0, self._next_tick - time.monotonic()) if may_sleep else 0.0)
         outbox.is_asleep = False
         self._now = time.monotonic()
@@ -221,22 +221,19 @@ class Loop:
             except Exception:
                 self._failed(connection)
         for exchange in ended:
-            self._take_back(exchange)
+            if exchange.is_get:
+                self._get_pool.take_back(exchange)
+            else:
+                self._pool.take_back(exchange)
+                self._admission.leave(exchange)
+                if exchange.ended and exchange.status not in _NOT_SERVED:
+                    self._admission.observe(exchange, exchange.ended - exchange.started)
             connection = exchange.connection
             if connection.exchange is exchange:  # its answer has been sent
                 try:
                     self._answered(connection, exchange)
                 except Exception:
                     self._failed(connection)
-
-    def _take_back(self, exchange: Exchange) -> None:
-        if exchange.is_get:
-            self._get_pool.take_back(exchange)
-            return
-        self._pool.take_back(exchange)
-        self._admission.leave(exchange)
-        if exchange.ended and exchange.status not in _NOT_SERVED:
-            self._admission.observe(exchange, exchange.ended - exchange.started)
 
     # Reading.
 

@@ -64,7 +64,7 @@ class Pool:
         self.jobs: deque[Exchange] = deque()
         self.taken: dict[Exchange, None] = {}  # that wait or run, in the order in which they came
         self.overdue: set[Exchange] = set()  # of them, those that run past their deadline
-        self._idle: list[threading.Lock] = []
+        self.idle: list[threading.Lock] = []  # of the threads that wait for work
         self._exits: list[None] = []  # one for each thread that has been replaced, and is to end
         self.run = run
 
@@ -93,21 +93,16 @@ class Pool:
         del self.taken[exchange]
         return True
 
-    @property
-    def has_idle(self) -> bool:
-        """Whether a thread waits for work."""
-        return bool(self._idle)
-
     def reserve(self) -> "threading.Lock | None":
         """Keep an idle thread idle, whose place the caller takes until `free` or `replace`; None if all are busy."""
         try:
-            return self._idle.pop()
+            return self.idle.pop()
         except IndexError:
             return None
 
     def free(self, place: threading.Lock) -> None:
         """The place that was reserved is the thread's again."""
-        self._idle.append(place)
+        self.idle.append(place)
 
     def replace(self, place: threading.Lock) -> None:
         """End a thread: another one is about to `serve` in the place that was reserved."""
@@ -123,11 +118,11 @@ class Pool:
         """Wake one idle thread, if there is work for it."""
         if self.jobs:
             with suppress(IndexError):  # all are busy
-                self._idle.pop().release()
+                self.idle.pop().release()
 
     def serve(self) -> None:
         """Be one of the pool's threads."""
-        jobs, idle, exits, outbox, monotonic = self.jobs, self._idle, self._exits, self._outbox, time.monotonic
+        jobs, idle, exits, outbox, monotonic = self.jobs, self.idle, self._exits, self._outbox, time.monotonic
         lock = threading.Lock()
         lock.acquire()
         while True:

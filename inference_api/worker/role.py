@@ -157,4 +157,4 @@ class Role:
 
     def _has_quick(self) -> bool:
         """Whether the next request is one to be run by the thread that has the role."""
-        return self._is_watched and self._pool.has_idle and self._is_quick_next()
+        return self._is_watched and bool(self._pool.idle) and self._is_quick_next()

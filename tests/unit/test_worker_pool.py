@@ -102,7 +102,7 @@ def test_a_thread_is_replaced_by_another(runs: Runs) -> None:
     """One that is idle ends, the other serves in its place, and as many requests run at once as before."""
     pool = Pool("replaced", runs, Outbox(NO_FD))
     pool.grow(2)
-    wait_for(lambda: pool.has_idle)
+    wait_for(lambda: bool(pool.idle))
     place = pool.reserve()
     assert place is not None
     pool.replace(place)
@@ -113,7 +113,7 @@ def test_a_thread_is_replaced_by_another(runs: Runs) -> None:
         pool.submit(exchange())
         pool.wake()
     wait_for(lambda: len(runs.started) == 2)
-    assert (len(pool.jobs), pool.has_idle) == (1, False)
+    assert (len(pool.jobs), bool(pool.idle)) == (1, False)
     runs.is_open.set()
     wait_for(lambda: len(runs.ended) == 3)
 
@@ -122,10 +122,10 @@ def test_a_reserved_place_stays_idle_until_it_is_free(runs: Runs) -> None:
     """Whose it is runs something meanwhile, and counts for the thread."""
     pool = Pool("reserved", runs, Outbox(NO_FD))
     pool.grow(1)
-    wait_for(lambda: pool.has_idle)
+    wait_for(lambda: bool(pool.idle))
     place = pool.reserve()
     assert place is not None
-    assert (pool.has_idle, pool.reserve()) == (False, None)
+    assert (bool(pool.idle), pool.reserve()) == (False, None)
     pool.submit(exchange())
     pool.wake()
     assert not runs.started
@@ -142,9 +142,9 @@ def test_nothing_is_begun_while_answers_are_made_too_fast(runs: Runs) -> None:
         outbox.deliver(exchange(), b"", True)
     pool.submit(exchange())
     pool.grow(1)
-    wait_for(lambda: pool.has_idle)
+    wait_for(lambda: bool(pool.idle))
     pool.wake()
-    wait_for(lambda: pool.has_idle)
+    wait_for(lambda: bool(pool.idle))
     assert not runs.started
     outbox.pieces.popleft()
     pool.wake()

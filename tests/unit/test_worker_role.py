@@ -105,7 +105,7 @@ def worker() -> Iterator[Worker]:
     worker.pool.grow(2)
     thread = worker.serve()
     worker.receives.append(worker.add_quick)
-    wait_for(lambda: worker.role._is_watched and len(worker.pool._idle) == 2)
+    wait_for(lambda: worker.role._is_watched and len(worker.pool.idle) == 2)
     yield worker
     for gate in worker.gates.values():
         gate.set()
@@ -166,14 +166,14 @@ def test_who_waits_for_an_answer_keeps_a_place_but_no_thread(worker: Worker) -> 
     wait_for(lambda: len(worker.laters) == 2 and all(later.tell for later in worker.laters.values()))
     turns = len(worker.waits)
     wait_for(lambda: len(worker.waits) > turns + 3)
-    assert list(worker.laters) == added[:2] and not worker.pool.has_idle
+    assert list(worker.laters) == added[:2] and not worker.pool.idle
     for count, each in enumerate(added, 1):
         wait_for(lambda each=each: each in worker.laters and worker.laters[each].tell is not None)  # type: ignore[misc]
         tell = worker.laters[each].tell
         assert tell is not None
         tell()
         wait_for(lambda count=count: worker.ended.count(added[count - 1]) == 1)  # type: ignore[misc]
-    wait_for(lambda: len(worker.pool._idle) == 2)
+    wait_for(lambda: len(worker.pool.idle) == 2)
     assert {worker.ran_by[each].name for each in added} == {"io"}
 
 
@@ -201,4 +201,4 @@ def test_what_is_slow_before_it_has_to_wait_waits_in_its_thread(worker: Worker) 
     worker.gates[added[0]].set()
     wait_for(lambda: added[0] in worker.ended)
     assert worker.laters[added[0]].tell is None
-    wait_for(lambda: len(worker.pool._idle) == 2)
+    wait_for(lambda: len(worker.pool.idle) == 2)
