@@ -53,7 +53,7 @@ class Hooks:
         worker.metrics = shared_metrics(self.settings.model_paths)
         worker.metrics_slot = worker.metrics.take_slot()
         arbiter.forking = worker
-        worker.is_leaving = False
+        worker.is_leaving, worker.tell_at = False, 0.0
         worker.state = mmap.mmap(-1, 1)
         worker.older_states = [older.state for older in arbiter.WORKERS.values()]
         worker.on_max_requests = partial(_say, worker, WORN_OUT)

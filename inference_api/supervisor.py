@@ -24,6 +24,8 @@ LAST_THREAD_SECONDS = 1.0
 PARENT_CHECK_SECONDS = 1.0
 RESPAWN_SECONDS = 1.0
 """How long the master waits after a worker that could not be started, or could not serve."""
+TELL_AGAIN_SECONDS = 1.0
+"""The first SIGTERM may have come before the worker could hear it."""
 DONE = b"\0"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 
@@ -99,7 +101,8 @@ class Supervisor:
         for worker in workers:
             is_old = worker not in current and (are_replaced or worker.state[0] == NOT_READY)
             worker.is_leaving = worker.is_leaving or is_old or worker in surplus
-            if worker.is_leaving:  # each time: the first may have come before it could be heard
+            if worker.is_leaving and time.monotonic() >= worker.tell_at:
+                worker.tell_at = time.monotonic() + TELL_AGAIN_SECONDS
                 worker.state[0] = NOT_READY
                 arbiter.kill_worker(worker.pid, signal.SIGTERM)
         if are_replaced and self._reloading is not None:
