@@ -14,10 +14,10 @@ from typing import Any
 
 from inference_api import __version__
 from inference_api.app import Service
-from inference_api.config import Settings, SettingsError
+from inference_api.config import OWN_WORKER_CLASS, Settings, SettingsError
 from inference_api.metrics import shared_metrics
 from inference_api.model import ModelError
-from inference_api.supervisor import NOT_READY, READY, WORN_OUT, Supervisor, effective, require_one_thread
+from inference_api.supervisor import IS_READY, IS_WORN_OUT, Supervisor, effective, require_one_thread
 
 HEARTBEAT_SECONDS = 0.5
 
@@ -44,19 +44,19 @@ class Hooks:
         # One byte that master and workers share: a worker gets the same SIGTERM when the service is shut down as
         # when the worker alone is replaced, and has to behave differently.
         arbiter.shutdown_flag = mmap.mmap(-1, 1)
+        arbiter.is_served, arbiter.was_served = mmap.mmap(-1, 1), False  # whether a worker is ready; ever was
         arbiter.handle_usr2 = _refuse_reexec
         Supervisor(arbiter, self.settings)
 
     def pre_fork(self, arbiter: Any, worker: Any) -> None:
         worker.settings = self.settings
-        worker.shutdown_flag = arbiter.shutdown_flag
+        worker.shutdown_flag, worker.is_served = arbiter.shutdown_flag, arbiter.is_served
+        worker.was_served = arbiter.was_served
+        worker.says, worker.say_worn_out = mmap.mmap(-1, 2), _say_worn_out
+        worker.is_leaving, worker.tell_at = False, 0.0
         worker.metrics = shared_metrics(self.settings.model_paths)
         worker.metrics_slot = worker.metrics.take_slot()
         arbiter.forking = worker
-        worker.is_leaving, worker.tell_at = False, 0.0
-        worker.state = mmap.mmap(-1, 1)
-        worker.older_states = [older.state for older in arbiter.WORKERS.values()]
-        worker.on_max_requests = partial(_say, worker, WORN_OUT)
         if isinstance(arbiter.app.callable, Service):  # for gthread; the project's own worker asks the service
             worker.cfg.set("threads", arbiter.app.callable.threads)
         # What lives now stays: the collector of the child need not look at it, nor unshare its pages.
@@ -74,29 +74,32 @@ class Hooks:
         signal.signal(signal.SIGHUP, lambda *_: None)  # the master's, but a terminal tells its whole process group
         service = worker.wsgi
         if not isinstance(service, Service):
-            _say(worker, READY)
+            _say(worker, IS_READY)
             return
         preparing = service.start_preparing()
 
         def announce() -> None:
             preparing.join()
-            _say(worker, READY)
+            _say(worker, IS_READY)
 
-        def is_better_left_to_others() -> bool:
-            return preparing.is_alive() and any(state[0] for state in worker.older_states)
+        # One of Gunicorn's own has ended before its successor is started: rather than by 503, it answers late.
+        is_late = self.settings.worker_class != OWN_WORKER_CLASS and self.settings.preload and worker.was_served
+
+        def is_told() -> bool:
+            return not worker.alive or worker.shutdown_flag[0] > 0
 
         threading.Thread(target=announce, name="announce", daemon=True).start()
-        while is_better_left_to_others() and worker.alive and not worker.shutdown_flag[0]:
+        while preparing.is_alive() and (worker.is_served[0] or is_late) and not is_told():
             worker.notify()
             preparing.join(HEARTBEAT_SECONDS)
-        if is_better_left_to_others() or (preparing.is_alive() and not worker.alive and not worker.shutdown_flag[0]):
-            sys.exit(0)  # told to leave before it could serve, or to stop while others still do
+        if preparing.is_alive() and is_told() and (worker.is_served[0] or not worker.shutdown_flag[0]):
+            sys.exit(0)  # before it could serve; a shutdown that finds nobody else serving ends as it does in a worker
 
     def worker_exit(self, _arbiter: Any, worker: Any) -> None:
         worker.log.close()
 
     def child_exit(self, _arbiter: Any, worker: Any) -> None:
-        worker.state[0] = NOT_READY
+        worker.says[IS_READY] = 0
         worker.metrics.free_slot(worker.metrics_slot)
 
 
@@ -119,11 +122,15 @@ def _require_address(cfg: Any) -> None:
                 ) from exc
 
 
-def _say(worker: Any, state: int) -> None:
+def _say(worker: Any, what: int) -> None:
     """Tell the master, and have it look: a signal as of a child that has ended."""
-    worker.state[0] = state
+    worker.says[what] = 1
     with suppress(OSError):  # it has gone
         os.kill(worker.ppid, signal.SIGCHLD)
+
+
+def _say_worn_out(worker: Any) -> None:
+    _say(worker, IS_WORN_OUT)
 
 
 def _leave_to_parent(worker: Any) -> None:

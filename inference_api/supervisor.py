@@ -29,8 +29,8 @@ TELL_AGAIN_SECONDS = 1.0
 DONE = b"\0"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 
-NOT_READY, READY, WORN_OUT = range(3)
-"""What a worker says of itself in the one byte that it shares with the master and with younger workers."""
+IS_READY, IS_WORN_OUT = range(2)
+"""The bytes by which a worker says, in memory that it shares with the master, how it stands."""
 
 log = logging.getLogger("inference_api")
 
@@ -86,25 +86,28 @@ class Supervisor:
     def manage_workers(self) -> None:
         """Have as many workers as there should be, of these settings, and let those go that they replace."""
         self._go_on_reloading()
-        arbiter = self._arbiter
+        arbiter, number = self._arbiter, self._arbiter.num_workers
         workers = sorted(arbiter.WORKERS.values(), key=attrgetter("age"))
-        staying = [w for w in workers if w.cfg is arbiter.cfg and not w.is_leaving]
-        current = [w for w in staying if w.state[0] != WORN_OUT]
-        missing = arbiter.num_workers - len(current)
-        # Who is worn out can wait: those who leave may still be many.
-        leaving = sum(w.is_leaving for w in workers)
-        must_wait = max(0, len(staying) - len(current) - max(0, arbiter.num_workers - leaving))
-        self._spawn(missing - must_wait)
-        are_replaced = sum(w.state[0] == READY for w in current) >= arbiter.num_workers
-        # Those that are too many: first what is not ready, then the oldest.
-        surplus = sorted(current, key=lambda w: w.state[0] == READY)[: max(0, -missing)]
-        for worker in workers:
-            is_old = worker not in current and (are_replaced or worker.state[0] == NOT_READY)
-            worker.is_leaving = worker.is_leaving or is_old or worker in surplus
-            if worker.is_leaving and time.monotonic() >= worker.tell_at:
+        leaving = {w for w in workers if w.is_leaving}
+        ours = [w for w in workers if w.cfg is arbiter.cfg and w not in leaving]
+        fresh = [w for w in ours if not w.says[IS_WORN_OUT]]
+        serving = [w for w in ours if w.says[IS_READY]]
+        self._note_serving()
+        # Those that are worn out get successors while there are less than twice as many workers as there should be.
+        self._spawn(max(number - len(ours), min(number - len(fresh), 2 * number - len(ours) - len(leaving))))
+
+        are_replaced = len(serving) >= number
+        leaving |= {w for w in workers if w not in ours and (are_replaced or not w.says[IS_READY])}
+        worn_out = [w for w in serving if w not in fresh]
+        leaving |= set(worn_out[: max(0, len(serving) - number)])
+        surplus = sorted(fresh, key=lambda w: w.says[IS_READY])  # first those that are not ready, then the oldest
+        leaving |= set(surplus[: max(0, len(fresh) - number)])
+        for worker in leaving:
+            worker.is_leaving = True
+            if time.monotonic() >= worker.tell_at:
                 worker.tell_at = time.monotonic() + TELL_AGAIN_SECONDS
-                worker.state[0] = NOT_READY
                 arbiter.kill_worker(worker.pid, signal.SIGTERM)
+        self._note_serving()
         if are_replaced and self._reloading is not None:
             log.info("reloaded", extra=effective(self._reloading, arbiter.app.callable))
             self._reloading = None
@@ -113,20 +116,26 @@ class Supervisor:
         """See to workers that have ended; one that cannot serve ends the service only where no other does."""
         arbiter = self._arbiter
         before = dict(arbiter.WORKERS)
-        starting = {pid for pid, w in before.items() if w.state[0] == NOT_READY and not w.is_leaving}
+        starting = {pid for pid, w in before.items() if not w.says[IS_READY] and not w.is_leaving}
         try:
             self._reap_workers()
         except HaltServer:
-            for pid in before.keys() - arbiter.WORKERS.keys():  # what Gunicorn has left out
+            for pid in before.keys() - arbiter.WORKERS.keys():  # what Gunicorn has left out, for one of them
                 before[pid].tmp.close()
                 arbiter.cfg.child_exit(arbiter, before[pid])
             if not self._is_stopping:
-                if not any(worker.state[0] for worker in arbiter.WORKERS.values()):
+                if not any(w.says[IS_READY] for w in arbiter.WORKERS.values()):
                     raise
                 log.error("a new worker cannot serve, the old ones serve on")
             self.reap_workers()  # the others
         if starting - arbiter.WORKERS.keys():
             self._spawns_at = time.monotonic() + RESPAWN_SECONDS
+
+    def _note_serving(self) -> None:
+        """Tell workers that are about to come whether others serve until they can."""
+        is_served = any(w.says[IS_READY] and not w.is_leaving for w in self._arbiter.WORKERS.values())
+        self._arbiter.is_served[0] = is_served
+        self._arbiter.was_served = self._arbiter.was_served or is_served
 
     def _spawn(self, count: int) -> None:
         arbiter = self._arbiter

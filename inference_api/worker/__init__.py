@@ -92,7 +92,7 @@ class Worker(BaseWorker):  # type: ignore[misc] # Gunicorn has no types
             connect=connect,
             settings=settings,
             max_requests=self.max_requests,
-            on_max_requests=self.on_max_requests,
+            on_max_requests=lambda: self.say_worn_out(self),
             wake_fds=(self.PIPE[0], self.PIPE[1]),
             writer=self.log.writer,
             metrics=self.metrics,

@@ -19,7 +19,7 @@ from inference_api.worker.http import Refusal
 from inference_api.worker.journal import Journal
 from inference_api.worker.lifecycle import Lifecycle
 from inference_api.worker.listener import Listener
-from inference_api.worker.pool import Outbox, Pool
+from inference_api.worker.pool import LARGE_BYTES, Outbox, Pool
 from inference_api.worker.role import Role
 from inference_api.worker.wsgi import Application, Exchange, problem_answer
 
@@ -29,8 +29,6 @@ CONNECTIONS_AT_ONCE = 64
 FEW_CONNECTIONS = 2
 """Where more than so many send at once, more are likely to have sent while these were read."""
 PIECES_AT_ONCE = 128
-SEND_BYTES = 262_144
-"""A socket is given no more in one turn: some would take megabytes, and keep all others waiting for as many."""
 MIN_COUNTED_BYTES = 4_096
 TICK_SECONDS = 0.1
 HEARTBEAT_SECONDS = 0.5
@@ -119,6 +117,8 @@ class Loop:
 
     def _forked(self) -> None:
         self._has_forked = True
+        for connection in self._connections:  # or their clients would not see that the parent has closed them
+            connection.sock.close()
 
     def serve(self) -> None:
         """Serve until the worker has left: after `request_stop`, and what was begun is finished."""
@@ -201,8 +201,14 @@ class Loop:
         """Send what has been made, and then see to what it ends."""
         pieces = self._outbox.pieces
         ended = []
+        is_large = False
         for _ in range(min(len(pieces), PIECES_AT_ONCE)):  # a thread may make more as fast as they are sent
+            if is_large:  # the others have their turn after what has come meanwhile
+                break
             exchange, data, is_last = pieces.popleft()
+            if data is not None and len(data) > LARGE_BYTES:
+                is_large = True
+                self._outbox.large.pop()
             if is_last:
                 ended.append(exchange)
             if exchange.abandoned:
@@ -216,8 +222,6 @@ class Loop:
                     self._connections.close(connection)
                 else:
                     self._send(connection, data)
-                    if len(data) > SEND_BYTES:  # the others have their turn after what has come meanwhile
-                        break
             except Exception:
                 self._failed(connection)
         for exchange in ended:
@@ -348,7 +352,7 @@ class Loop:
             connection.output.append(memoryview(data))
             return True
         try:
-            sent = connection.sock.send(data if len(data) <= SEND_BYTES else memoryview(data)[:SEND_BYTES])
+            sent = connection.sock.send(data if len(data) <= LARGE_BYTES else memoryview(data)[:LARGE_BYTES])
         except BlockingIOError:
             sent = 0
         except OSError:
@@ -365,7 +369,7 @@ class Loop:
     def _write(self, connection: Connection) -> None:
         output = connection.output
         exchange = connection.exchange
-        left = SEND_BYTES
+        left = LARGE_BYTES
         try:
             while output:
                 sent = connection.sock.send(output[0][:left])

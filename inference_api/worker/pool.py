@@ -9,8 +9,10 @@ from contextlib import suppress
 
 from inference_api.worker.wsgi import Exchange
 
-MAX_PIECES = 8
-"""Pieces of answers that wait to be sent: beyond it no thread takes a request, or memory would fill with answers."""
+LARGE_BYTES = 262_144
+"""A socket is given no more in one turn: some would take megabytes, and keep all others waiting for as many."""
+MAX_LARGE_PIECES = 8
+"""Larger pieces of answers that wait to be sent: beyond it no thread takes a request, or they would fill the memory."""
 
 
 class Outbox:
@@ -19,20 +21,23 @@ class Outbox:
     def __init__(self, wake_fd: int) -> None:
         self.closing = False  # answers say `Connection: close`
         self.pieces: deque[tuple[Exchange, bytes | None, bool]] = deque()
+        self.large: deque[None] = deque()  # one for each of the pieces that is large
         self.resumed: deque[Exchange] = deque()  # that were deferred, and are to be run again
         self.is_asleep = False  # the I/O thread, in its selector
         self._wake_fd = wake_fd
 
     @property
     def is_full(self) -> bool:
-        """Whether answers are made faster than they are sent."""
-        return len(self.pieces) > MAX_PIECES
+        """Whether large answers are made faster than they are sent."""
+        return len(self.large) > MAX_LARGE_PIECES
 
     def deliver(self, exchange: Exchange, data: bytes | None, is_last: bool) -> None:
         """Hand a piece of an answer to the I/O thread, from any thread.
 
         None: the answer cannot be completed and is to be cut off, or the exchange was not run.
         """
+        if data is not None and len(data) > LARGE_BYTES:
+            self.large.append(None)
         self.pieces.append((exchange, data, is_last))
         if self.is_asleep:
             self.wake()

@@ -431,6 +431,23 @@ def test_recycled_workers_lose_nothing(tmp_path: Path) -> None:
     assert max(worn_out) <= 220 + KEEP_ALIVE_CLIENTS + NEW_CONNECTION_CLIENTS  # all that one turn may bring
 
 
+def test_recycling_never_comes_to_a_halt(tmp_path: Path) -> None:
+    """Though workers are worn out before their siblings have come, others follow, and a reload replaces them all."""
+    (tmp_path / "weights").write_text("first")
+    variables = {"MODELS": "predict=models:Weights", "WEB_CONCURRENCY": "4", "MAX_REQUESTS": "10", "ACCESS_LOG": "off"}
+    with running(tmp_path, MODELS, **variables) as service, Traffic(service) as traffic:
+
+        def worn_out() -> int:
+            return len(lines(service, "worn out by MAX_REQUESTS"))
+
+        wait_for(lambda: worn_out() >= 24, WAIT_SECONDS, lambda: service.output)
+        (tmp_path / "weights").write_text("second")
+        reload(service)
+        assert {served(service) for _ in range(32)} == {"second"}
+        wait_for(lambda: worn_out() >= 60, WAIT_SECONDS, lambda: service.output)
+    assert traffic.lost == []
+
+
 @pytest.mark.parametrize("preload", ["true", "false"])
 def test_a_worker_serves_until_its_successor_can(tmp_path: Path, preload: str) -> None:
     """Even the only one, and however long the other takes to load and to warm up: nobody gets 503 or has to wait."""

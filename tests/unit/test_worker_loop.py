@@ -13,15 +13,16 @@ from inference_api.logs import LineWriter
 from inference_api.metrics import Metrics
 from inference_api.worker.connection import Connection
 from inference_api.worker.http import RequestParser
-from inference_api.worker.loop import SEND_BYTES, Loop
+from inference_api.worker.loop import Loop
+from inference_api.worker.pool import LARGE_BYTES
 
-LARGE_BYTES = 10 * SEND_BYTES
+ANSWER_BYTES = 10 * LARGE_BYTES
 REQUEST = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n"
 
 
 def large(_environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-    start_response("200 OK", [("Content-Length", str(LARGE_BYTES))])
-    return [b"a" * LARGE_BYTES]
+    start_response("200 OK", [("Content-Length", str(ANSWER_BYTES))])
+    return [b"a" * ANSWER_BYTES]
 
 
 class Turns:
@@ -65,7 +66,7 @@ class Turns:
         came = [0] * len(self.clients)
         for number, client in enumerate(self.clients):
             try:
-                while piece := client.recv(LARGE_BYTES, socket.MSG_DONTWAIT):
+                while piece := client.recv(ANSWER_BYTES, socket.MSG_DONTWAIT):
                     came[number] += len(piece)
             except BlockingIOError:
                 pass
@@ -84,7 +85,7 @@ def test_large_answers_are_sent_in_turns(turns: Turns) -> None:
     turns.loop._pool.size = 3  # nobody has to wait for a thread
     for client in turns.clients:
         client.sendall(REQUEST)
-    while min(turns.received) < LARGE_BYTES:
+    while min(turns.received) < ANSWER_BYTES:
         begun = sum(map(bool, turns.received))
-        assert max(turns.take()) <= 2 * SEND_BYTES  # a turn may look at its sockets twice
+        assert max(turns.take()) <= 2 * LARGE_BYTES  # a turn may look at its sockets twice
         assert sum(map(bool, turns.received)) <= begun + 1

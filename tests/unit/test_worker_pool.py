@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from inference_api.worker.pool import MAX_PIECES, Outbox, Pool
+from inference_api.worker.pool import LARGE_BYTES, MAX_LARGE_PIECES, Outbox, Pool
 from inference_api.worker.wsgi import Exchange
 from tests.unit.exchanges import LIMIT_SECONDS, exchange, wait_for
 
@@ -138,15 +138,15 @@ def test_nothing_is_begun_while_answers_are_made_too_fast(runs: Runs) -> None:
     """As long as too many wait to be sent, requests wait, too."""
     outbox = Outbox(NO_FD)
     pool = Pool("full", runs, outbox)
-    for _ in range(MAX_PIECES + 1):
-        outbox.deliver(exchange(), b"", True)
+    for _ in range(MAX_LARGE_PIECES + 1):
+        outbox.deliver(exchange(), b"a" * (LARGE_BYTES + 1), True)
     pool.submit(exchange())
     pool.grow(1)
     wait_for(lambda: bool(pool.idle))
     pool.wake()
     wait_for(lambda: bool(pool.idle))
     assert not runs.started
-    outbox.pieces.popleft()
+    outbox.large.pop()
     pool.wake()
     wait_for(lambda: len(runs.ended) == 1)
 
