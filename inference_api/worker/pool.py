@@ -11,7 +11,7 @@ from inference_api.worker.wsgi import Exchange
 
 LARGE_BYTES = 262_144
 """A socket is given no more in one turn: some would take megabytes, and keep all others waiting for as many."""
-MAX_LARGE_PIECES = 8
+MAX_LARGE_PIECES = 1
 """Larger pieces of answers that wait to be sent: beyond it no thread takes a request, or they would fill the memory."""
 
 
