@@ -149,13 +149,18 @@ def busy(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[Servi
     (tmp_path / "weights").write_text("first")
     variables = {"MODELS": "predict=models:Weights", "WEB_CONCURRENCY": "2", "ACCESS_LOG": "off"}
     with running(tmp_path, MODELS, **variables, PRELOAD=request.param) as service:
-        # While the first one serves, the second one may still answer that it starts.
-        wait_for(lambda: len((tmp_path / "warm").read_text().split()) == 2, WAIT_SECONDS)
-        wait_for(lambda: {service.get("/health").status for _ in range(32)} == {200}, WAIT_SECONDS)
+        wait_until_all_serve(service, 2)
         with Traffic(service) as traffic:
             yield service, traffic
             traffic.goes_on()
         assert traffic.lost == []
+
+
+def wait_until_all_serve(service: Service, workers: int) -> None:
+    """While the first one serves, others may still answer that they start."""
+    warm = service.folder / "warm"
+    wait_for(lambda: len(warm.read_text().split()) >= workers, WAIT_SECONDS)
+    wait_for(lambda: {service.get("/health").status for _ in range(32)} == {200}, WAIT_SECONDS)
 
 
 def served(service: Service) -> str:
@@ -435,16 +440,18 @@ def test_recycling_never_comes_to_a_halt(tmp_path: Path) -> None:
     """Though workers are worn out before their siblings have come, others follow, and a reload replaces them all."""
     (tmp_path / "weights").write_text("first")
     variables = {"MODELS": "predict=models:Weights", "WEB_CONCURRENCY": "4", "MAX_REQUESTS": "10", "ACCESS_LOG": "off"}
-    with running(tmp_path, MODELS, **variables) as service, Traffic(service) as traffic:
+    with running(tmp_path, MODELS, **variables) as service:
 
         def worn_out() -> int:
             return len(lines(service, "worn out by MAX_REQUESTS"))
 
-        wait_for(lambda: worn_out() >= 24, WAIT_SECONDS, lambda: service.output)
-        (tmp_path / "weights").write_text("second")
-        reload(service)  # others than those that it waits for may have come and leave now
-        wait_for(lambda: {served(service) for _ in range(32)} == {"second"}, WAIT_SECONDS, lambda: service.output)
-        wait_for(lambda: worn_out() >= 60, WAIT_SECONDS, lambda: service.output)
+        wait_until_all_serve(service, 4)
+        with Traffic(service) as traffic:
+            wait_for(lambda: worn_out() >= 24, WAIT_SECONDS, lambda: service.output)
+            (tmp_path / "weights").write_text("second")
+            reload(service)  # others than those that it waits for may have come and leave now
+            wait_for(lambda: {served(service) for _ in range(32)} == {"second"}, WAIT_SECONDS, lambda: service.output)
+            wait_for(lambda: worn_out() >= 60, WAIT_SECONDS, lambda: service.output)
     assert traffic.lost == []
 
 
