@@ -290,15 +290,18 @@ def test_old_workers_serve_until_the_new_ones_are_ready(busy: tuple[Service, Tra
     assert {served(service) for _ in range(32)} == {"slow"}
 
 
-def test_a_reload_that_hangs_does_not_hold_up_the_shutdown(service: Service) -> None:
-    """SIGTERM ends what would warm up for ever, and then the service."""
-    (service.folder / "weights").write_text("hangs")
+@pytest.mark.parametrize(
+    ("weights", "sign"), [("hangs", "hanging"), ("loaded once", "loading")], ids=["rehearsal", "master"]
+)
+def test_a_reload_that_hangs_does_not_hold_up_the_shutdown(service: Service, weights: str, sign: str) -> None:
+    """SIGTERM ends what would warm up for ever, or what the master loads after its rehearsal, and then the service."""
+    (service.folder / "weights").write_text(weights)
     service.signal(signal.SIGHUP)
-    wait_for((service.folder / "hanging").exists, WAIT_SECONDS)
+    wait_for((service.folder / sign).exists, WAIT_SECONDS)
     assert served(service) == "first"
     service.signal(signal.SIGTERM)
     assert service.process.wait(WAIT_SECONDS) == 0
-    assert lines(service, "reloaded") == []
+    assert lines(service, "reload") == []
 
 
 @pytest.mark.parametrize("reloads", [1, 2])
@@ -308,17 +311,6 @@ def test_a_stop_right_after_a_reload_is_heard(service: Service, reloads: int) ->
     for number in [*[signal.SIGHUP] * reloads, signal.SIGTERM]:
         service.signal(number)
     assert service.process.wait(WAIT_SECONDS) == 0
-
-
-def test_a_stop_while_the_master_loads_is_heard(service: Service) -> None:
-    """What the rehearsal could load, but the master cannot, is given up."""
-    (service.folder / "weights").write_text("loaded once")
-    service.signal(signal.SIGHUP)
-    wait_for((service.folder / "loading").exists, WAIT_SECONDS)
-    assert served(service) == "first"
-    service.signal(signal.SIGTERM)
-    assert service.process.wait(WAIT_SECONDS) == 0
-    assert lines(service, "reload") == []
 
 
 def test_what_is_edited_during_a_reload_is_not_read(busy: tuple[Service, Traffic]) -> None:
@@ -342,7 +334,7 @@ def test_one_that_cannot_be_replaced_is_missed_by_nobody(tmp_path: Path, preload
     (tmp_path / "weights").write_text("first")
     variables = {"MODELS": "predict=models:Weights", "WEB_CONCURRENCY": "2", "PRELOAD": preload}
     with running(tmp_path, MODELS, **variables) as service:
-        wait_for(lambda: len((tmp_path / "warm").read_text().split()) == 2, WAIT_SECONDS)
+        wait_until_all_serve(service, 2)
         (tmp_path / "freezing").touch()
         os.kill(service.workers()[0], signal.SIGKILL)
         words = "a new worker cannot serve, the old ones serve on"
@@ -360,7 +352,7 @@ def test_settings_are_read_at_the_start_and_at_sighup_alone(tmp_path: Path, prel
     variables = {"WEB_CONCURRENCY": "2", "PRELOAD": preload}
     (tmp_path / ".env").write_text("MODELS=predict=models:Weights")
     with running(tmp_path, MODELS, **variables) as service:
-        wait_for(lambda: len((tmp_path / "warm").read_text().split()) == 2, WAIT_SECONDS)
+        wait_until_all_serve(service, 2)
         (tmp_path / ".env").write_text("MODELS=other=models:Weights")
         for worker in service.workers():
             os.kill(worker, signal.SIGKILL)
