@@ -50,6 +50,6 @@ def request_id(environ: dict[str, Any]) -> str:
     if known is None:
         known = environ.get("HTTP_X_REQUEST_ID")
         if known is None or not _REQUEST_ID.fullmatch(known):
-            known = f"{random.getrandbits(128):032x}"
+            known = random.getrandbits(128).to_bytes(16, "big").hex()
         environ["inference_api.request_id"] = known
     return known

@@ -53,7 +53,7 @@ class Connection:
         self._base = base
         self._scheme_fields = scheme_fields  # by which a trusted proxy says that its client came by https
         self._searched = 0  # bytes of `buffer` in which no end of a head begins
-        self._known_head = b""
+        self._known_head = b""  # with its empty line
         self._head = Head({}, False, False, 0, False)
         self._environ: dict[str, Any] | None = None  # of a request whose head has come and whose body has not
         self._body: SizedBody | ChunkedBody | None = None
@@ -65,24 +65,14 @@ class Connection:
         """
         if self._body is None:
             data = self.buffer + data
-            if data.startswith(b"\r\n"):  # RFC 9112 §2.2: empty lines before a request are ignored
-                data = _EMPTY_LINES.sub(b"", data, 1)
-                self._searched = 0
-            end = data.find(b"\r\n\r\n", self._searched)
-            if end < 0:
-                self.buffer = data
-                self._parser.check_partial(data, self._searched)
-                self._searched = max(0, len(data) - 3)
+            if self._known_head and data.startswith(self._known_head):
+                self._environ = self._head.environ
+                data = data[len(self._known_head) :]
+            elif (rest := self._read_head(data)) is not None:
+                data = rest
+            else:
                 return None
             self._searched = 0
-            head, data = data[:end], data[end + 4 :]
-            if head == self._known_head:
-                self._environ = self._head.environ
-            else:
-                self._environ, self._known_head = self._base.copy(), b""
-                self._head = self._parser.parse(head, self._environ, self._scheme_fields)
-                if end <= MAX_KNOWN_HEAD_BYTES:
-                    self._known_head = head
             length = self._head.body_bytes
             if length is not None and len(data) >= length:
                 self.buffer = data[length:]
@@ -95,6 +85,23 @@ class Connection:
             return None
         self.buffer = rest
         return self._exchange(bytes(self._body.content))
+
+    def _read_head(self, data: bytes) -> bytes | None:
+        """Read the head of a request; returns the bytes after it, or None where it has not come."""
+        if data.startswith(b"\r\n"):  # RFC 9112 §2.2: empty lines before a request are ignored
+            data = _EMPTY_LINES.sub(b"", data, 1)
+            self._searched = 0
+        end = data.find(b"\r\n\r\n", self._searched)
+        if end < 0:
+            self.buffer = data
+            self._parser.check_partial(data, self._searched)
+            self._searched = max(0, len(data) - 3)
+            return None
+        self._environ, self._known_head = self._base.copy(), b""
+        self._head = self._parser.parse(data[:end], self._environ, self._scheme_fields)
+        if end <= MAX_KNOWN_HEAD_BYTES:
+            self._known_head = data[: end + 4]
+        return data[end + 4 :]
 
     def _exchange(self, body: bytes) -> Exchange:
         head = self._head

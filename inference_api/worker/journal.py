@@ -25,14 +25,17 @@ class Journal:
         self._writer = writer
         self._has_lines = settings.access_log and logging.getLogger().isEnabledFor(logging.INFO)
         self.entries: list[tuple[Exchange, int, float]] = []  # still to be told of
+        self._is_silent = self._metrics is None and not self._has_lines
         self._is_batch = False  # the last of them came with a batch
 
     def record(self, exchange: Exchange, now: float) -> None:
         """Tell of a request, whatever has become of it."""
         exchange.environ = _NO_ENVIRON  # which refers back to the exchange, and holds the body
-        seconds = max(now, exchange.ended) - exchange.arrived  # it may have been run in this very turn
+        if self._is_silent:
+            return
+        ended = exchange.ended  # it may have been run in this very turn
         # With its status of now: of one that is given up, the application may still set another.
-        self.entries.append((exchange, exchange.status, seconds))
+        self.entries.append((exchange, exchange.status, (ended if ended > now else now) - exchange.arrived))
         self._is_batch = exchange.waited_seconds > 0.0
 
     def write_after_turn(self) -> None:
@@ -51,25 +54,18 @@ class Journal:
 
     def _write(self) -> None:
         stamp = timestamp(time.time())
-        lines: list[bytes] = []
+        metrics = self._metrics
+        lines: list[str] = []
         for exchange, status, seconds in self.entries:
-            started = exchange.started
+            method, path, started = exchange.method, exchange.path, exchange.started
             wait_seconds = started - exchange.arrived if started else None
-            if self._metrics is not None:
-                self._metrics.record(exchange.path, exchange.method, status, seconds, wait_seconds)
+            if metrics is not None:
+                metrics.record(path, method, status, seconds, wait_seconds)
             if self._has_lines:
-                traceparent = exchange.traceparent
+                trace = trace_id(exchange.traceparent) if exchange.traceparent is not None else None
                 lines.append(
                     access_line(
-                        stamp,
-                        exchange.request_id,
-                        exchange.method or None,
-                        exchange.path,
-                        status,
-                        seconds,
-                        wait_seconds,
-                        exchange.model,
-                        trace_id(traceparent) if traceparent is not None else None,
+                        stamp, exchange.request_id, method, path, status, seconds, wait_seconds, exchange.model, trace
                     )
                 )
         if lines:

@@ -42,6 +42,8 @@ GONE_STATUS = 499
 
 log = logging.getLogger("inference_api.worker")
 
+_IDLE, _READING, _RUNNING, _WRITING, _LINGERING = Phase  # to look one up in its class takes ten times as long
+
 # What is not learnt from: paths that clients make up, which would crowd out those that exist, and 503, by which the
 # application says that it has not called the model.
 _NOT_SERVED = (404, 405, 503)
@@ -96,6 +98,7 @@ class Loop:
         self._role = Role(self, self._pool, self._outbox.resumed, self._admission)
         self._lifecycle = Lifecycle(settings, self._listener, self._outbox, is_shutdown)
         self._has_forked = False
+        self._idle_seconds = settings.keep_alive
         self._requests = 0
         self._max_requests = max_requests
         self._on_max_requests = on_max_requests
@@ -107,7 +110,7 @@ class Loop:
         environ = exchange.environ  # which is taken away once it is abandoned
         started = exchange.started
         # One that has waited too long to be finished in time is not started. What has begun is ended.
-        is_late = started + exchange.cost > exchange.deadline and started - exchange.arrived > LATE_SECONDS
+        is_late = started - exchange.arrived > LATE_SECONDS and started + exchange.cost > exchange.deadline
         if exchange.later is None and (exchange.abandoned or is_late):
             self._outbox.deliver(exchange, None, True)
         else:
@@ -156,11 +159,12 @@ class Loop:
         knocked: list[socket.socket] = []
         for first in range(0, len(events), CONNECTIONS_AT_ONCE):
             knocked += self._read(events[first : first + CONNECTIONS_AT_ONCE])
-        if FEW_CONNECTIONS < len(events) <= CONNECTIONS_AT_ONCE:  # the others of those that were answered together
+        if FEW_CONNECTIONS < len(events) < min(len(self._connections), CONNECTIONS_AT_ONCE):
+            # The others of those that were answered together.
             knocked += self._read(self._selector.select(0.0))
         ready, self._ready = self._ready, []
         for connection in ready:
-            if connection.phase is Phase.IDLE:  # more of the request has not come meanwhile
+            if connection.phase is _IDLE:  # more of the request has not come meanwhile
                 self._guarded(self._advance, connection)
         for listening in knocked:  # last: to let somebody in may close a connection that looks idle until it is read
             self._listener.accept(listening, self._now)
@@ -273,13 +277,13 @@ class Loop:
 
     def _take(self, connection: Connection, data: bytes | None) -> None:
         phase = connection.phase
-        if data is None:
+        if data and (phase is _IDLE or phase is _READING):
+            self._advance(connection, data)
+        elif data is None:
             self._lost(connection)
         elif not data:
             self._client_ended(connection)
-        elif phase is Phase.IDLE or phase is Phase.READING:
-            self._advance(connection, data)
-        elif phase is Phase.LINGERING:  # it reads its answer when it has sent all, which is thrown away
+        elif phase is _LINGERING:  # it reads its answer when it has sent all, which is thrown away
             latest = connection.since + self._settings.read_timeout
             connection.expires = min(self._now + LINGER_SECONDS, latest)
         else:
@@ -296,8 +300,8 @@ class Loop:
         if exchange is not None:
             self._dispatch(connection, exchange)
             return
-        if connection.phase is Phase.IDLE and connection.is_within_request:
-            connection.phase = Phase.READING
+        if connection.phase is _IDLE and connection.is_within_request:
+            connection.phase = _READING
             connection.expires = self._now + self._settings.read_timeout
         if connection.wants_continue:
             connection.wants_continue = False
@@ -310,7 +314,7 @@ class Loop:
     def _dispatch(self, connection: Connection, exchange: Exchange) -> None:
         self._requests += 1
         connection.exchange = exchange
-        connection.phase = Phase.RUNNING
+        connection.phase = _RUNNING
         exchange.arrived = self._now
         exchange.deadline = connection.expires = self._now + self._settings.request_timeout
         if connection.held_bytes or exchange.body_bytes > MIN_COUNTED_BYTES:
@@ -339,9 +343,9 @@ class Loop:
             # What waits is not run for nobody, as in nginx.
             if not exchange.is_get and (exchange.is_waiting or not is_about_to_run):
                 self._lost(connection)
-        elif phase is Phase.READING and connection.is_within_request:
+        elif phase is _READING and connection.is_within_request:
             self._refuse(connection, 400, "The request is not complete.")
-        elif phase is not Phase.WRITING and not connection.buffer:  # else it has sent more, whose turn is yet to come
+        elif phase is not _WRITING and not connection.buffer:  # else it has sent more, whose turn is yet to come
             self._connections.close(connection)
 
     # Answering.
@@ -387,7 +391,7 @@ class Loop:
             self._lost(connection)
             return
         self._connections.watch(connection, connection.events & ~WRITE)
-        if connection.phase is Phase.WRITING:
+        if connection.phase is _WRITING:
             self._connections.was_read(connection)
             self._next(connection)
 
@@ -397,7 +401,7 @@ class Loop:
         connection.exchange = None
         connection.must_close = not exchange.keep_alive
         if connection.output:
-            connection.phase = Phase.WRITING
+            connection.phase = _WRITING
             connection.expires = self._now + self._settings.read_timeout
             self._connections.wrote(connection)
         else:
@@ -452,11 +456,9 @@ class Loop:
         self._connections.add(connection)
 
     def _idle(self, connection: Connection) -> None:
-        connection.phase = Phase.IDLE
+        connection.phase = _IDLE
         connection.since = self._now
-        connection.expires = self._now + (
-            IDLE_AT_CLOSE_SECONDS if self._lifecycle.is_in_grace else self._settings.keep_alive
-        )
+        connection.expires = self._now + self._idle_seconds
 
     def _lost(self, connection: Connection) -> None:
         """The client has gone; what it still waits for is not worth doing."""
@@ -486,7 +488,7 @@ class Loop:
         except OSError:
             self._connections.close(connection)
             return
-        connection.phase = Phase.LINGERING
+        connection.phase = _LINGERING
         connection.buffer = b""
         connection.since = self._now
         connection.expires = self._now + LINGER_SECONDS
@@ -526,7 +528,7 @@ class Loop:
     def _expire(self, connection: Connection) -> None:
         """A connection has been in its phase for too long."""
         exchange = connection.exchange
-        if connection.phase is Phase.READING:
+        if connection.phase is _READING:
             self._refuse(connection, 408, f"The request took longer than {self._settings.read_timeout:g} seconds.")
         elif exchange is not None:
             self._abandon(exchange)
@@ -558,10 +560,12 @@ class Loop:
                 log.warning("threads are free again")
 
     def _advance_end(self) -> None:
-        if self._lifecycle.advance(self._now):
+        has_begun = self._lifecycle.advance(self._now)
+        self._idle_seconds = IDLE_AT_CLOSE_SECONDS if self._lifecycle.is_in_grace else self._settings.keep_alive
+        if has_begun:
             for connection in self._connections:
-                if connection.phase is Phase.IDLE:
-                    connection.expires = min(connection.expires, self._now + IDLE_AT_CLOSE_SECONDS)
+                if connection.phase is _IDLE:
+                    connection.expires = min(connection.expires, self._now + self._idle_seconds)
         if self._now >= self._lifecycle.grace_ends:
             unanswered = [c for c in self._connections if c.exchange is not None]
             if unanswered:

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from email.utils import formatdate
+from operator import itemgetter
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, cast
 from wsgiref.util import is_hop_by_hop
@@ -24,6 +25,7 @@ MAX_STREAM_BYTES = 1_048_576
 """Bytes of a streamed answer that may wait for the client before the application is made to wait."""
 STREAM_CHECK_SECONDS = 1.0
 MEMO_STATUSES = 32
+MEMO_NAMES = 64
 
 ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None]
 Headers = list[tuple[str, str]]
@@ -34,9 +36,9 @@ log = logging.getLogger("inference_api.worker")
 _STATUS = re.compile(r"[2-9][0-9]{2} [\t\x20-\x7e]*")
 _FIELD_NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,256}")
 _FIELD_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
-_KNOWN_NAMES = frozenset({"content-type", "content-length", "x-request-id", "x-model", "cache-control"})
 _BODILESS = (204, 304)
 _SERVERS_OWN = frozenset({"date", "server"})
+_NAME, _VALUE = itemgetter(0), itemgetter(1)
 
 
 class GoneError(Exception):
@@ -86,12 +88,9 @@ class Exchange:
         self.model: str | None = None
         self.arrived = self.deadline = self.started = self.cost = self.waited_seconds = 0.0
         self.ended = 0.0  # when the last piece of the answer was handed to the I/O thread
-        self.produced_bytes = self.sent_bytes = 0
         self.room: threading.Event | None = None  # for more of an answer that is sent in pieces, once it has begun
         self._status_line: str | None = None
         self.later: Later | None = None  # the answer, while it is yet to come and no thread waits for it
-        self._is_chunked = False
-        self._left: int | None = None  # bytes of the declared length that have not come yet
         environ["wsgi.input"] = io.BytesIO(body)
         environ["inference_api.caller"] = self
 
@@ -160,23 +159,20 @@ class Exchange:
 
         Date and Server are the server's own (RFC 9110 §6.6.1, §10.2.4): the application's are left out.
         """
-        self._headers, self._left = headers, None
-        for name, value in headers:
-            known = name
-            if name not in _KNOWN_NAMES:
-                known = name.lower()
-                if not _FIELD_NAME.fullmatch(name) or is_hop_by_hop(name):
-                    raise ValueError(f"the header field is not the application's to send: {name!r}")
-                if known in _SERVERS_OWN:
-                    self._headers = [field for field in headers if field[0].lower() not in _SERVERS_OWN]
-            if not (value.isprintable() and value.isascii()) and not _FIELD_VALUE.fullmatch(value):
-                raise ValueError(f"the value of the header field {name} is not valid")
-            if known == "content-length":
-                if self._left is not None or not (value.isdigit() and value.isascii()):
-                    raise ValueError("the Content-Length is not valid")
-                self._left = int(value)
-            elif known == "x-model":
-                self.model = value
+        length_at, model_at, sent = _places(tuple(map(_NAME, headers)))
+        values = "".join(map(_VALUE, headers))
+        if not (values.isprintable() and values.isascii()) and not _FIELD_VALUE.fullmatch(values):
+            name = next(name for name, value in headers if not _FIELD_VALUE.fullmatch(value))
+            raise ValueError(f"the value of the header field {name} is not valid")
+        self._left: int | None = None  # bytes of the declared length that have not come yet
+        if length_at is not None:
+            length = headers[length_at][1]
+            if not (length.isdigit() and length.isascii()):
+                raise ValueError("the Content-Length is not valid")
+            self._left = int(length)
+        if model_at is not None:
+            self.model = headers[model_at][1]
+        self._headers = headers if sent is None else [headers[place] for place in sent]
 
     def write(self, data: bytes) -> None:
         """Send a piece of the body now; waits where the client does not keep up. PEP 3333's write()."""
@@ -237,6 +233,8 @@ class Exchange:
     def _stream_head(self) -> bytes:
         """The head before pieces of a body."""
         status, headers = self._open(), self._headers
+        self.produced_bytes = self.sent_bytes = 0
+        self._is_chunked = False
         if self._left is None and not self._is_bodiless:
             if self.is_http11:
                 self._is_chunked = True
@@ -300,6 +298,20 @@ def _first_lines(status: str, second: int) -> str:
     """The status line, and the Server and Date fields of this second since the epoch (RFC 9110 §6.6.1, §10.2.4)."""
     date = formatdate(second, usegmt=True)  # not strftime: a model may change the locale
     return f"HTTP/1.1 {status}\r\nServer: {SERVER}\r\nDate: {date}"
+
+
+@functools.lru_cache(MEMO_NAMES)
+def _places(names: tuple[str, ...]) -> tuple[int | None, int | None, list[int] | None]:
+    """Where among fields of these names stand Content-Length, X-Model, and those to be sent, where not all are."""
+    for name in names:
+        if not _FIELD_NAME.fullmatch(name) or is_hop_by_hop(name):
+            raise ValueError(f"the header field is not the application's to send: {name!r}")
+    known = [name.lower() for name in names]
+    if known.count("content-length") > 1:
+        raise ValueError("the Content-Length is not valid")
+    places = {name: place for place, name in enumerate(known)}
+    sent = [place for place, name in enumerate(known) if name not in _SERVERS_OWN]
+    return places.get("content-length"), places.get("x-model"), sent if len(sent) < len(names) else None
 
 
 @functools.lru_cache(MEMO_STATUSES)

@@ -35,5 +35,5 @@ def _no_constant(name: str) -> None:
 def test_whatever_is_logged_makes_one_line_of_json(more: dict[Any, Any]) -> None:
     """What does not fit is cut or left out, the fixed fields never."""
     line = json_line({**FIXED, **more})
-    assert len(line) <= MAX_LINE_BYTES and line.count(b"\n") == 1
-    assert FIXED.items() <= json.loads(line.decode("ascii"), parse_constant=_no_constant).items()
+    assert len(line) <= MAX_LINE_BYTES and line.count("\n") == 1
+    assert FIXED.items() <= json.loads(line.encode("ascii"), parse_constant=_no_constant).items()
