@@ -17,6 +17,19 @@ SMOOTHING = 1 / 16
 """The weight of the newest service time in the average."""
 
 
+class ServiceTime:
+    """What has been seen of how long the requests of one path take."""
+
+    __slots__ = ("busy_seconds", "is_guess", "seconds")
+
+    def __init__(self, seconds: float, busy_seconds: float, *, is_guess: bool = False) -> None:
+        self.seconds = seconds
+        # Less what they wait for a batch. It falls while threads of the pool run them, which may wait all of the time,
+        # for all that is known: so they are tried as quick ones again now and then.
+        self.busy_seconds = busy_seconds
+        self.is_guess = is_guess  # none has ended yet: it takes at least that long
+
+
 class Admission:
     """Keeps the service time of each path, and the backlog: the seconds of service that let-in requests still need.
 
@@ -30,11 +43,7 @@ class Admission:
         self._longest_seconds = (1 - MARGIN) * request_timeout_seconds
         self._backlog_seconds = 0.0
         self._busy_at = 0.0
-        self._service_seconds: dict[str, float] = {}
-        self._guessed: set[str] = set()  # paths of which no request has ended yet: it takes at least that long
-        # Where requests wait for a batch: the rest of their service time. It falls while threads of the pool run them,
-        # which may wait all of the time, for all that is known: so they are tried as quick ones again now and then.
-        self._busy_seconds: dict[str, float] = {}
+        self._known: dict[str, ServiceTime] = {}  # by path
 
     def enter(self, exchange: Exchange) -> str | None:
         """Let a request in, or say why not: "stuck", "pending" or "deadline".
@@ -42,7 +51,8 @@ class Admission:
         Its cost is the service time expected, 0 while nothing is known of its path.
         """
         pool = self._pool
-        cost = self._service_seconds.get(exchange.path, 0.0)
+        known = self._known.get(exchange.path)
+        cost = 0.0 if known is None else known.seconds
         # Where a thread is free there is nothing to wait for, and something to learn of a service time that has grown.
         waiting = len(pool.taken) - pool.size  # not the queue's length: a thread may be about to take from it
         if waiting >= 0:
@@ -60,10 +70,8 @@ class Admission:
     def is_quick(self, exchange: Exchange) -> bool:
         """Whether a request is known to keep a thread busy for next to no time."""
         # By what is known now: of many that wait when the first turns out not to be quick, none is taken for it.
-        seconds = self._busy_seconds.get(exchange.path)
-        if seconds is None:
-            seconds = self._service_seconds.get(exchange.path, QUICK_SECONDS)
-        return seconds < QUICK_SECONDS
+        known = self._known.get(exchange.path)
+        return known is not None and known.busy_seconds < QUICK_SECONDS
 
     def leave(self, exchange: Exchange) -> None:
         """A request is no longer among the work to be done; to say so again changes nothing."""
@@ -72,22 +80,21 @@ class Admission:
 
     def observe(self, exchange: Exchange, seconds: float) -> None:
         """Take into account how long a request has kept its thread, or its place."""
-        path = exchange.path
-        known = self._service_seconds.get(path)
-        if known is not None and path not in self._guessed:
-            self._service_seconds[path] = known + SMOOTHING * (seconds - known)
-        elif known is not None or len(self._service_seconds) < MAX_PATHS:
-            self._service_seconds[path] = seconds
-            self._guessed.discard(path)
-        if exchange.waited_seconds and path in self._service_seconds:
-            busy_seconds = max(0.0, seconds - exchange.waited_seconds)
-            known = self._busy_seconds.get(path, busy_seconds)
-            self._busy_seconds[path] = known + SMOOTHING * (busy_seconds - known)
+        waited_seconds = exchange.waited_seconds
+        busy_seconds = max(0.0, seconds - waited_seconds) if waited_seconds else seconds
+        known = self._known.get(exchange.path)
+        if known is not None and not known.is_guess:
+            known.seconds += SMOOTHING * (seconds - known.seconds)
+            known.busy_seconds += SMOOTHING * (busy_seconds - known.busy_seconds)
+        elif known is not None or len(self._known) < MAX_PATHS:
+            self._known[exchange.path] = ServiceTime(seconds, busy_seconds)
 
     def observe_slow(self, exchange: Exchange, seconds: float) -> None:
         """A request that was thought to be quick has kept its thread busy for so long, and still does."""
-        known = self._busy_seconds if exchange.path in self._busy_seconds else self._service_seconds
-        known[exchange.path] = seconds
+        known = self._known.get(exchange.path)
+        if known is not None:
+            known.busy_seconds = seconds
+            known.seconds = max(known.seconds, seconds)
 
     def hopeless(self, now: float) -> list[Exchange]:
         """Those of the requests let in that, by what has been learnt since, cannot be answered in time."""
@@ -103,7 +110,8 @@ class Admission:
                 self._guess(exchange.path, now - exchange.started)
                 continue
             self.leave(exchange)
-            cost = self._service_seconds.get(exchange.path, 0.0)
+            known = self._known.get(exchange.path)
+            cost = 0.0 if known is None else known.seconds
             if wait_seconds and now + wait_seconds + cost > exchange.deadline:
                 found.append(exchange)
             else:
@@ -117,14 +125,14 @@ class Admission:
         if self._pool.taken:
             self._busy_at = now
         elif now - self._busy_at > FORGET_SECONDS:
-            for path in [path for path, seconds in self._service_seconds.items() if seconds > QUICK_SECONDS]:
-                del self._service_seconds[path]
+            for path in [path for path, known in self._known.items() if known.seconds > QUICK_SECONDS]:
+                del self._known[path]
 
     def _guess(self, path: str, seconds: float) -> None:
-        is_new = path not in self._service_seconds and len(self._service_seconds) < MAX_PATHS
-        if (is_new or path in self._guessed) and seconds > self._service_seconds.get(path, QUICK_SECONDS):
-            self._service_seconds[path] = seconds
-            self._guessed.add(path)
+        known = self._known.get(path)
+        is_new = known is None and len(self._known) < MAX_PATHS and seconds > QUICK_SECONDS
+        if is_new or (known is not None and known.is_guess and seconds > known.seconds):
+            self._known[path] = ServiceTime(seconds, seconds, is_guess=True)
 
     def retry_after_seconds(self) -> int:
         """When the backlog of now will have been worked off: whole seconds, at least 1."""

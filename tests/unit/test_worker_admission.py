@@ -221,7 +221,7 @@ def served(waited_seconds: float) -> Exchange:
         ([served(0.9)], 1.0, False),
         ([served(math.inf)], 1.0, True),
         ([served(0.9)] + [served(math.inf)] * 100, 1.0, True),
-        ([served(0.9999)] + [served(0.0)] * 100, 1.0, True),
+        ([served(0.9999)] + [served(0.0)] * 100, 1.0, False),
     ],
     ids=["unknown", "quick", "slow", "waits", "slow-and-waits", "waits-in-a-thread", "slow-once", "waits-or-not"],
 )
