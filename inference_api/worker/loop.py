@@ -203,7 +203,7 @@ class Loop:
 
     def _send_answers(self) -> None:
         """Send what has been made, and then see to what it ends."""
-        pieces = self._outbox.pieces
+        pieces, pool, admission = self._outbox.pieces, self._pool, self._admission
         ended = []
         is_large = False
         for _ in range(min(len(pieces), PIECES_AT_ONCE)):  # a thread may make more as fast as they are sent
@@ -232,10 +232,10 @@ class Loop:
             if exchange.is_get:
                 self._get_pool.take_back(exchange)
             else:
-                self._pool.take_back(exchange)
-                self._admission.leave(exchange)
+                pool.take_back(exchange)
+                admission.leave(exchange)
                 if exchange.ended and exchange.status not in _NOT_SERVED:
-                    self._admission.observe(exchange, exchange.ended - exchange.started)
+                    admission.observe(exchange, exchange.ended - exchange.started)
             connection = exchange.connection
             if connection.exchange is exchange:  # its answer has been sent
                 try:
@@ -363,8 +363,7 @@ class Loop:
             self._lost(connection)
             return False
         if (exchange := connection.exchange) is not None and exchange.room is not None:
-            exchange.sent_bytes += sent
-            exchange.room.set()
+            exchange.was_sent(sent, is_whole=sent == len(data))
         if sent < len(data):
             connection.output.append(memoryview(data)[sent:])
             self._connections.watch(connection, connection.events | WRITE)
@@ -378,10 +377,10 @@ class Loop:
             while output:
                 sent = connection.sock.send(output[0][:left])
                 left -= sent
-                if exchange is not None and exchange.room is not None:
-                    exchange.sent_bytes += sent
-                    exchange.room.set()
-                if sent < len(output[0]):
+                is_whole = sent == len(output[0])
+                if exchange is not None:
+                    exchange.was_sent(sent, is_whole=is_whole)
+                if not is_whole:
                     output[0] = output[0][sent:]
                     return
                 del output[0]

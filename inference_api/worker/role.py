@@ -110,7 +110,8 @@ class Role:
         ends = now + TURN_SECONDS
         if not self._is_watched and self._is_quick_next():
             self._last_quick = now
-        pool, resumed, run = self._pool, self._resumed, self._pool.run
+        pool, jobs, resumed, run = self._pool, self._pool.jobs, self._resumed, self._pool.run
+        lock, is_quick, monotonic = self._lock, self._admission.is_quick, time.monotonic
         place: threading.Lock | None = None  # in the pool, for what is run here: it is one of THREADS
         while self._last_quick < ends:
             if resumed:
@@ -118,23 +119,23 @@ class Role:
                     pool.free(place)
                 exchange = resumed.popleft()
                 place = exchange.place
-                self._last_quick = time.monotonic()
+                self._last_quick = monotonic()
             else:
                 if not self._is_watched or (place is None and (place := pool.reserve()) is None):
                     break
                 try:
-                    exchange = pool.jobs.popleft()
+                    exchange = jobs.popleft()
                 except IndexError:  # an application thread may have taken it
                     break
-                if not self._admission.is_quick(exchange):
-                    pool.jobs.appendleft(exchange)
+                if not is_quick(exchange):
+                    jobs.appendleft(exchange)
                     break
                 exchange.place = place
-                self._last_quick = exchange.started = time.monotonic()
+                self._last_quick = exchange.started = monotonic()
             self._quick = exchange
-            self._lock.release()
+            lock.release()
             run(exchange)
-            if not self._lock.acquire(blocking=False):  # this is a thread of the pool now, in that place
+            if not lock.acquire(False):  # this is a thread of the pool now, in that place
                 if exchange.later is not None:
                     run(exchange)
                 return False

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 SERVER = "inference-api"
 MAX_STREAM_BYTES = 1_048_576
 """Bytes of a streamed answer that may wait for the client before the application is made to wait."""
+PIECE_BYTES = 4_096
+"""What each of its pieces counts for besides: millions of small ones would keep all others waiting."""
 STREAM_CHECK_SECONDS = 1.0
 MEMO_STATUSES = 32
 MEMO_NAMES = 64
@@ -112,8 +114,8 @@ class Exchange:
             else:
                 result = self.later
                 self.waited_seconds = time.monotonic() - self._waiting_since if self.place is not None else math.inf
-            if type(result) is list:  # nearly always; it has no close()
-                self._finish(result)
+            if type(result) is list and self.room is None:  # nearly always; it has no close()
+                self._send_whole(b"".join(result))
                 return
             if self.later is None and hasattr(result, "when_ready"):
                 if self.place is not None:  # no thread is to wait for it
@@ -196,9 +198,15 @@ class Exchange:
         if excess:
             raise ValueError("the body is longer than its Content-Length")
 
+    def was_sent(self, count: int, *, is_whole: bool) -> None:
+        """So many bytes of a piece are with the socket, its last ones or not; called by the I/O thread."""
+        if self.room is not None:
+            self.sent_bytes += count + PIECE_BYTES if is_whole else count
+            self.room.set()
+
     def _finish(self, result: Iterable[bytes]) -> None:
         """Send all of what the application returned."""
-        if self.room is None and (type(result) is list or (isinstance(result, Sized) and len(result) == 1)):
+        if self.room is None and isinstance(result, Sized) and len(result) == 1:
             self._send_whole(b"".join(result))  # that is all of it
             return
         for data in result:
@@ -260,7 +268,7 @@ class Exchange:
         self._outbox.deliver(self, data, True)
 
     def _deliver(self, data: bytes) -> None:
-        self.produced_bytes += len(data)
+        self.produced_bytes += len(data) + PIECE_BYTES
         self._outbox.deliver(self, data, False)
         assert self.room is not None  # noqa: S101 - for the type checker
         while self.produced_bytes - self.sent_bytes > MAX_STREAM_BYTES:

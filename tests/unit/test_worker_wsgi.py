@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from inference_api.worker.pool import Outbox
-from tests.unit.exchanges import exchange
+from inference_api.worker.wsgi import MAX_STREAM_BYTES, PIECE_BYTES
+from tests.unit.exchanges import exchange, wait_for
 
 NO_FD = -1  # nobody sleeps
 
@@ -126,3 +127,31 @@ def test_the_end_of_a_run_is_noted() -> None:
     request.run(application, request.environ, outbox)
     assert outbox.pieces[-1] == (request, b"0\r\n\r\n", True)
     assert request.ended >= before
+
+
+@pytest.mark.parametrize("piece", [b"a", b"a" * 65_536], ids=["small", "large"])
+def test_no_more_of_a_stream_is_made_than_waits_to_be_sent(piece: bytes) -> None:
+    """Pieces are bounded, not only their bytes: nobody else would have a turn until the socket has taken them all."""
+    in_all = 2 * MAX_STREAM_BYTES // PIECE_BYTES
+    made: list[bytes] = []
+
+    def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        start_response("200 OK", [("content-type", "text/plain")])
+        while len(made) < in_all:
+            made.append(piece)
+            yield piece
+
+    outbox, request = Outbox(NO_FD), exchange()
+    running = threading.Thread(target=request.run, args=(application, request.environ, outbox), daemon=True)
+    running.start()
+    fits = MAX_STREAM_BYTES // (len(piece) + PIECE_BYTES)
+    sent = 0
+    while running.is_alive():
+        wait_for(lambda: len(outbox.pieces) >= fits or not running.is_alive())
+        assert len(outbox.pieces) <= fits + 1
+        _, data, _ = outbox.pieces.popleft()
+        assert data is not None
+        request.was_sent(len(data), is_whole=True)
+        sent += 1
+    assert len(outbox.pieces) <= fits + 2  # its end does not wait
+    assert sent + len(outbox.pieces) == in_all + 1
