@@ -227,7 +227,7 @@ class LineWriter:
     def _write_some(self) -> None:
         lines = [self._lines.popleft() for _ in range(min(len(self._lines), LINES_AT_ONCE))]
         data = "".join(lines).encode("ascii")
-        begin = 0
+        begin, is_written = 0, False
         while begin < len(data):
             end = data.rfind(b"\n", begin, begin + self._write_bytes) + 1
             is_written = self._write_whole(data[begin:end])
