@@ -28,8 +28,10 @@ MAX_LINE_BYTES = select.PIPE_BUF
 MAX_WRITE_BYTES = 65_536
 MAX_QUEUED_LINES = 16_384
 LINES_AT_ONCE = 1_024
-MAX_PATH_CHARACTERS = 512
 MAX_METHOD_CHARACTERS = 32
+MAX_PATH_CHARACTERS = 480
+MAX_MODEL_CHARACTERS = 129
+"""Of an access line: with every one of them escaped, it still has less than MAX_LINE_BYTES."""
 SHORT_TEXT_CHARACTERS = 64
 MEMO_TEXTS = 128
 GATHER_SECONDS = 0.01
@@ -68,7 +70,7 @@ def _second(seconds: int) -> str:
 
 def access_line(
     stamp: str,
-    request_id: str | None,
+    request_id: str,
     method: str,
     path: str,
     status: int,
@@ -79,29 +81,29 @@ def access_line(
 ) -> str:
     """One request's access line; what is None or empty is left out.
 
-    By hand, of pieces that recur: an encoder costs half as much as the request.
+    By hand, of pieces that recur, and with "%", which takes two thirds of the time of a format in braces: an encoder
+    costs half as much as the request.
     """
-    which = f',"request_id":"{request_id}"' if request_id is not None else ""
     what = _what(method[:MAX_METHOD_CHARACTERS], path[:MAX_PATH_CHARACTERS], status)
     wait = f',"queue_ms":{"%.3f" % (wait_seconds * 1e3)}' if wait_seconds is not None else ""
     trace = f',"trace_id":"{trace}"' if trace is not None else ""
-    return f"{_begin(stamp)}{which}{what}{'%.3f' % (duration_seconds * 1e3)}{wait}{_by(model)}{trace}}}\n"
+    return f"{_begin(stamp)}{request_id}{what}{'%.3f' % (duration_seconds * 1e3)}{wait}{_by(model)}{trace}}}\n"
 
 
 @functools.lru_cache(maxsize=1)
 def _begin(stamp: str) -> str:
-    return f'{{"time":"{stamp}","level":"INFO","logger":"inference_api.access","message":"request"'
+    return f'{{"time":"{stamp}","level":"INFO","logger":"inference_api.access","message":"request","request_id":"'
 
 
 @functools.lru_cache(MEMO_TEXTS)
 def _what(method: str, path: str, status: int) -> str:
     where = f',"method":"{method}","path":{quoted(path)}' if method else ""
-    return f'{where},"status":{status},"duration_ms":'
+    return f'"{where},"status":{status},"duration_ms":'
 
 
 @functools.lru_cache(MEMO_TEXTS)
 def _by(model: str | None) -> str:
-    return f',"model":{quoted(model)}' if model is not None else ""
+    return f',"model":{quoted(model[:MAX_MODEL_CHARACTERS])}' if model is not None else ""
 
 
 def json_line(fields: dict[str, Any]) -> str:
@@ -226,10 +228,12 @@ class LineWriter:
 
     def _write_some(self) -> None:
         lines = [self._lines.popleft() for _ in range(min(len(self._lines), LINES_AT_ONCE))]
-        data = "".join(lines).encode("ascii")
+        data = "".join(lines).encode("ascii", "replace")
         begin, is_written = 0, False
         while begin < len(data):
             end = data.rfind(b"\n", begin, begin + self._write_bytes) + 1
+            if not end:  # a line that is too long is broken, if at all, alone
+                end = data.index(b"\n", begin) + 1
             is_written = self._write_whole(data[begin:end])
             begin = end
         if is_written and self.dropped != self._dropped_reported:
@@ -322,7 +326,7 @@ class Logger(glogging.Logger):  # type: ignore[misc] # Gunicorn has no types
         if self.cfg.accesslog and logging.getLogger().isEnabledFor(logging.INFO):
             line = access_line(
                 timestamp(time.time()),
-                headers.get("x-request-id"),
+                problems.request_id(environ),
                 environ["REQUEST_METHOD"],
                 environ.get("PATH_INFO", ""),
                 status,

@@ -94,7 +94,6 @@ class Admission:
         known = self._known.get(exchange.path)
         if known is not None:
             known.busy_seconds = seconds
-            known.seconds = max(known.seconds, seconds)
 
     def hopeless(self, now: float) -> list[Exchange]:
         """Those of the requests let in that, by what has been learnt since, cannot be answered in time."""
@@ -125,8 +124,9 @@ class Admission:
         if self._pool.taken:
             self._busy_at = now
         elif now - self._busy_at > FORGET_SECONDS:
-            for path in [path for path, known in self._known.items() if known.seconds > QUICK_SECONDS]:
-                del self._known[path]
+            for path, known in list(self._known.items()):
+                if max(known.seconds, known.busy_seconds) > QUICK_SECONDS:
+                    del self._known[path]
 
     def _guess(self, path: str, seconds: float) -> None:
         known = self._known.get(path)

@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from email.utils import formatdate
-from operator import itemgetter
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, cast
 from wsgiref.util import is_hop_by_hop
@@ -40,7 +39,6 @@ _FIELD_NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,256}")
 _FIELD_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 _BODILESS = (204, 304)
 _SERVERS_OWN = frozenset({"date", "server"})
-_NAME, _VALUE = itemgetter(0), itemgetter(1)
 
 
 class GoneError(Exception):
@@ -161,19 +159,20 @@ class Exchange:
 
         Date and Server are the server's own (RFC 9110 §6.6.1, §10.2.4): the application's are left out.
         """
-        length_at, model_at, sent = _places(tuple(map(_NAME, headers)))
-        values = "".join(map(_VALUE, headers))
-        if not (values.isprintable() and values.isascii()) and not _FIELD_VALUE.fullmatch(values):
+        names, values = zip(*headers, strict=True) if headers else ((), ())
+        length_at, model_at, sent = _places(names)
+        text = "".join(values)
+        if not (text.isprintable() and text.isascii()) and not _FIELD_VALUE.fullmatch(text):
             name = next(name for name, value in headers if not _FIELD_VALUE.fullmatch(value))
             raise ValueError(f"the value of the header field {name} is not valid")
         self._left: int | None = None  # bytes of the declared length that have not come yet
         if length_at is not None:
-            length = headers[length_at][1]
+            length = values[length_at]
             if not (length.isdigit() and length.isascii()):
                 raise ValueError("the Content-Length is not valid")
             self._left = int(length)
         if model_at is not None:
-            self.model = headers[model_at][1]
+            self.model = values[model_at]
         self._headers = headers if sent is None else [headers[place] for place in sent]
 
     def write(self, data: bytes) -> None:

@@ -438,6 +438,7 @@ def test_bodiless(service: Service, status: str, method: str, length: str | None
         {"headers": [["A", "b\r\nSet-Cookie: c"]]},
         {"headers": [["A", "b\nc"]]},
         {"headers": [["A", "b\x00"]]},
+        {"headers": [["A", "b", "c\r\nSet-Cookie: d"]]},
         {"headers": [["A", "\u20ac"]]},
         {"headers": [["A", 1]]},
         {"headers": [["A", None]]},

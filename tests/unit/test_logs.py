@@ -2,11 +2,12 @@
 
 import json
 import math
+import os
 from typing import Any
 
 import pytest
 
-from inference_api.logs import MAX_LINE_BYTES, json_line
+from inference_api.logs import MAX_LINE_BYTES, LineWriter, access_line, json_line
 
 FIXED = {"time": "2026-01-01T00:00:00.000000Z", "level": "INFO", "logger": "a", "message": "b"}
 CIRCLE: list[Any] = []
@@ -37,3 +38,31 @@ def test_whatever_is_logged_makes_one_line_of_json(more: dict[Any, Any]) -> None
     line = json_line({**FIXED, **more})
     assert len(line) <= MAX_LINE_BYTES and line.count("\n") == 1
     assert FIXED.items() <= json.loads(line.encode("ascii"), parse_constant=_no_constant).items()
+
+
+@pytest.mark.parametrize("text", ["é", "\x7f", '"', "a"])
+def test_an_access_line_is_never_too_long(text: str) -> None:
+    """Whatever its parts are: not all of them are made by the service."""
+    line = access_line(
+        "2026-11-28T22:22:22.123456Z", "f" * 64, "M" * 99, text * 9_999, 599, 9e9, 9e9, text * 9_999, "0" * 32
+    )
+    assert len(line) <= MAX_LINE_BYTES
+    assert json.loads(line.encode("ascii"))["status"] == 599
+
+
+def test_lines_are_written_whole() -> None:
+    """As many at once as a pipe takes in one piece; one that is too long costs no other."""
+    lines = [f"{number:04}{'a' * (number % 500)}\n" for number in range(1_000)]
+    lines[7] = "b" * 2 * MAX_LINE_BYTES + "\n"
+    readable, writable = os.pipe()
+    writer = LineWriter(writable)
+    writer.start()
+    writer.write(lines)
+    received = b""
+    while received.count(b"\n") < len(lines):
+        received += os.read(readable, MAX_LINE_BYTES)
+    writer.close()
+    os.close(readable)
+    os.close(writable)
+    assert received == "".join(lines).encode()
+    assert writer.take_dropped() == 0
