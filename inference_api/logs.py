@@ -34,7 +34,7 @@ MAX_MODEL_CHARACTERS = 129
 """Of an access line: with every one of them escaped, it still has less than MAX_LINE_BYTES."""
 SHORT_TEXT_CHARACTERS = 64
 MEMO_TEXTS = 128
-GATHER_SECONDS = 0.01
+GATHER_SECONDS = 0.02
 FLUSH_SECONDS = 1.0
 PROGRESS_SECONDS = 5.0
 

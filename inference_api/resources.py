@@ -143,13 +143,13 @@ class Prediction:
             length = _whole(text)
             if length > self._max_body_bytes:
                 raise self._too_large()
-        elif environ.get("wsgi.input_terminated"):
-            length = self._max_body_bytes + 1
-        else:
+            body: bytes = environ["wsgi.input"].read(length)
+            if len(body) != length:
+                raise falcon.HTTPBadRequest
+            return body
+        if not environ.get("wsgi.input_terminated"):
             return b""
-        body: bytes = environ["wsgi.input"].read(length)
-        if len(body) != length and text:
-            raise falcon.HTTPBadRequest
+        body = environ["wsgi.input"].read(self._max_body_bytes + 1)
         if len(body) > self._max_body_bytes:
             raise self._too_large()
         return body

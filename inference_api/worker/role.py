@@ -41,7 +41,7 @@ class Role:
         self._deferred: list[Exchange] = []  # that have been run up to where they have to wait for their answer
         self._last_quick = 0.0  # when the last request that is quick began
         self._is_watched = False
-        self._over = threading.Event()
+        self._serving = threading.Lock()  # held until the loop is over: cheaper to wait for than an Event
         self._failure: BaseException | None = None
 
     def serve(self) -> None:
@@ -50,8 +50,9 @@ class Role:
         The calling thread only watches, so that signal handlers always run at once.
         """
         self._lock.acquire()
+        self._serving.acquire()
         self._start()
-        while not self._over.wait(TAKE_OVER_SECONDS if self._is_watched else WATCH_SECONDS):
+        while not self._serving.acquire(timeout=TAKE_OVER_SECONDS if self._is_watched else WATCH_SECONDS):
             now, quick = time.monotonic(), self._quick
             self._is_watched = now - self._last_quick < LULL_SECONDS
             if quick and now - self._last_quick > TAKE_OVER_SECONDS and self._lock.acquire(blocking=False):
@@ -69,7 +70,7 @@ class Role:
         except BaseException as exc:
             self._failure = exc
         if has_role:
-            self._over.set()
+            self._serving.release()
         else:
             self._pool.serve()
 
