@@ -30,6 +30,9 @@ class ServiceTime:
         self.is_guess = is_guess  # none has ended yet: it takes at least that long
 
 
+_UNKNOWN = ServiceTime(0.0, math.inf)
+
+
 class Admission:
     """Keeps the service time of each path, and the backlog: the seconds of service that let-in requests still need.
 
@@ -51,8 +54,7 @@ class Admission:
         Its cost is the service time expected, 0 while nothing is known of its path.
         """
         pool = self._pool
-        known = self._known.get(exchange.path)
-        cost = 0.0 if known is None else known.seconds
+        cost = self._known.get(exchange.path, _UNKNOWN).seconds
         # Where a thread is free there is nothing to wait for, and something to learn of a service time that has grown.
         waiting = len(pool.taken) - pool.size  # not the queue's length: a thread may be about to take from it
         if waiting >= 0:
@@ -70,8 +72,7 @@ class Admission:
     def is_quick(self, exchange: Exchange) -> bool:
         """Whether a request is known to keep a thread busy for next to no time."""
         # By what is known now: of many that wait when the first turns out not to be quick, none is taken for it.
-        known = self._known.get(exchange.path)
-        return known is not None and known.busy_seconds < QUICK_SECONDS
+        return self._known.get(exchange.path, _UNKNOWN).busy_seconds < QUICK_SECONDS
 
     def leave(self, exchange: Exchange) -> None:
         """A request is no longer among the work to be done; to say so again changes nothing."""
@@ -109,8 +110,7 @@ class Admission:
                 self._guess(exchange.path, now - exchange.started)
                 continue
             self.leave(exchange)
-            known = self._known.get(exchange.path)
-            cost = 0.0 if known is None else known.seconds
+            cost = self._known.get(exchange.path, _UNKNOWN).seconds
             if wait_seconds and now + wait_seconds + cost > exchange.deadline:
                 found.append(exchange)
             else:

@@ -98,7 +98,7 @@ class Loop:
         self._role = Role(self, self._pool, self._outbox.resumed, self._admission)
         self._lifecycle = Lifecycle(settings, self._listener, self._outbox, is_shutdown)
         self._has_forked = False
-        self._idle_seconds = settings.keep_alive
+        self._idle_seconds = settings.keep_alive  # set at each tick, as each answer asks for it
         self._requests = 0
         self._max_requests = max_requests
         self._on_max_requests = on_max_requests
@@ -362,7 +362,7 @@ class Loop:
         except OSError:
             self._lost(connection)
             return False
-        if (exchange := connection.exchange) is not None and exchange.room is not None:
+        if (exchange := connection.exchange) is not None and exchange.room is not None:  # a call less for most
             exchange.was_sent(sent, is_whole=sent == len(data))
         if sent < len(data):
             connection.output.append(memoryview(data)[sent:])

@@ -51,7 +51,7 @@ def test_an_access_line_is_never_too_long(text: str) -> None:
 
 
 def test_lines_are_written_whole() -> None:
-    """As many at once as a pipe takes in one piece; one that is too long costs no other."""
+    """All of them once and in their order; one that is too long costs no other."""
     lines = [f"{number:04}{'a' * (number % 500)}\n" for number in range(1_000)]
     lines[7] = "b" * 2 * MAX_LINE_BYTES + "\n"
     readable, writable = os.pipe()
