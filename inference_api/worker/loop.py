@@ -47,6 +47,7 @@ _IDLE, _READING, _RUNNING, _WRITING, _LINGERING = Phase  # to look one up in its
 # What is not learnt from: paths that clients make up, which would crowd out those that exist, and 503, by which the
 # application says that it has not called the model.
 _NOT_SERVED = (404, 405, 503)
+_GET_METHODS = ("GET", "HEAD")
 _DETAILS = {
     "pending": "Too many requests are waiting.",
     "deadline": "The answer would come too late.",
@@ -87,11 +88,12 @@ class Loop:
         self._connections = Connections(self._selector, settings.max_connections)
         self._listener = Listener(listeners, self._selector, self._connections, self._admit)
         self._ready: list[Connection] = []  # that have more requests in their buffer
+        self._writable: dict[Connection, None] = {}  # that take more of their answer, in the order of their turns
         self._wake_fd = wake_fds[0]
         self._selector.register(self._wake_fd, READ)
         self._outbox = Outbox(wake_fds[1])
-        self._pool = Pool("wsgi", self._run, self._outbox)
-        self._get_pool = Pool("wsgi-get", self._run, self._outbox)
+        self._pool = Pool("wsgi", self._run)
+        self._get_pool = Pool("wsgi-get", self._run)
         # Were every connection taken by a request that waits, nobody could be told that it waits in vain.
         max_waiting = settings.max_connections - settings.max_connections // RESERVED_PART
         self._admission = Admission(self._pool, min(settings.max_pending, max_waiting), settings.request_timeout)
@@ -145,7 +147,7 @@ class Loop:
         return self._lifecycle.is_in_grace and not self._connections and self._listener.is_done
 
     def receive(self, *, may_wait: bool) -> None:
-        """Read what has come, submit the requests that are complete, and accept."""
+        """Read what has come, submit the requests that are complete, write on where there is room, and accept."""
         outbox = self._outbox
         self._get_pool.wake()  # for what its thread has left while too many answers waited to be sent
         outbox.is_asleep = True
@@ -162,6 +164,7 @@ class Loop:
         if FEW_CONNECTIONS < len(events) < min(len(self._connections), CONNECTIONS_AT_ONCE):
             # The others of those that were answered together.
             knocked += self._read(self._selector.select(0.0))
+        self._write_on()
         ready, self._ready = self._ready, []
         for connection in ready:
             if connection.phase is _IDLE:  # more of the request has not come meanwhile
@@ -205,14 +208,10 @@ class Loop:
         """Send what has been made, and then see to what it ends."""
         pieces, pool, admission = self._outbox.pieces, self._pool, self._admission
         ended = []
-        is_large = False
         for _ in range(min(len(pieces), PIECES_AT_ONCE)):  # a thread may make more as fast as they are sent
-            if is_large:  # the others have their turn after what has come meanwhile
-                break
             exchange, data, is_last = pieces.popleft()
-            if data is not None and len(data) > LARGE_BYTES:
-                is_large = True
-                self._outbox.large.pop()
+            if data is not None and len(data) > LARGE_BYTES and exchange.pool is not None:
+                exchange.pool.large.pop()
             if is_last:
                 ended.append(exchange)
             if exchange.abandoned:
@@ -229,7 +228,7 @@ class Loop:
             except Exception:
                 self._failed(connection)
         for exchange in ended:
-            if exchange.is_get:
+            if exchange.pool is self._get_pool:
                 self._get_pool.take_back(exchange)
             else:
                 pool.take_back(exchange)
@@ -246,9 +245,8 @@ class Loop:
     # Reading.
 
     def _read(self, events: Sequence[tuple[selectors.SelectorKey, int]]) -> list[socket.socket]:
-        """Read from these connections, then take what has come, then write; returns the listeners among them."""
+        """Read from these connections, then take what has come; returns the listeners among them."""
         arrived: list[tuple[Connection, bytes | None]] = []  # None where the connection is lost
-        writable: list[Connection] = []
         knocked: list[socket.socket] = []
         for key, mask in events:
             target = key.data
@@ -261,7 +259,7 @@ class Loop:
                     except (OSError, MemoryError):
                         arrived.append((target, None))
                 if mask & WRITE:
-                    writable.append(target)
+                    self._writable.setdefault(target)
             elif target is not None:
                 knocked.append(target)
             else:
@@ -271,8 +269,6 @@ class Loop:
                 self._take(connection, data)
             except Exception:
                 self._failed(connection)
-        for connection in writable:
-            self._guarded(self._write, connection)
         return knocked
 
     def _take(self, connection: Connection, data: bytes | None) -> None:
@@ -319,7 +315,7 @@ class Loop:
         exchange.deadline = connection.expires = self._now + self._settings.request_timeout
         if connection.held_bytes or exchange.body_bytes > MIN_COUNTED_BYTES:
             self._connections.hold(connection, exchange.body_bytes)
-        if exchange.is_get:  # health never waits behind predictions
+        if exchange.method in _GET_METHODS:  # health never waits behind predictions
             self._journal.write()  # whoever asks for the metrics finds there what has been answered before
             exchange.environ["inference_api.state"] = self._lifecycle.state
             if len(self._get_pool.jobs) < self._settings.max_pending:
@@ -341,7 +337,7 @@ class Loop:
         if exchange is not None:
             is_about_to_run = exchange.started or len(self._pool.taken) <= self._pool.size
             # What waits is not run for nobody, as in nginx.
-            if not exchange.is_get and (exchange.is_waiting or not is_about_to_run):
+            if exchange.pool is self._pool and (exchange.is_waiting or not is_about_to_run):
                 self._lost(connection)
         elif phase is _READING and connection.is_within_request:
             self._refuse(connection, 400, "The request is not complete.")
@@ -355,26 +351,46 @@ class Loop:
         if connection.output:
             connection.output.append(memoryview(data))
             return True
-        try:
-            sent = connection.sock.send(data if len(data) <= LARGE_BYTES else memoryview(data)[:LARGE_BYTES])
-        except BlockingIOError:
-            sent = 0
-        except OSError:
-            self._lost(connection)
-            return False
-        if (exchange := connection.exchange) is not None and exchange.room is not None:  # a call less for most
+        sent = 0
+        if len(data) <= LARGE_BYTES:  # else it waits for its turn
+            try:
+                sent = connection.sock.send(data)
+            except BlockingIOError:
+                pass
+            except OSError:
+                self._lost(connection)
+                return False
+        exchange = connection.exchange
+        if exchange is not None and exchange.room is not None:  # a call less for most
             exchange.was_sent(sent, is_whole=sent == len(data))
         if sent < len(data):
             connection.output.append(memoryview(data)[sent:])
+            connection.pool = exchange.pool if exchange is not None else None
             self._connections.watch(connection, connection.events | WRITE)
         return True
 
-    def _write(self, connection: Connection) -> None:
+    def _write_on(self) -> None:
+        """Go on with what waits for its turn: LARGE_BYTES of it in all, and to whoever has waited for longest."""
+        writable, left = self._writable, LARGE_BYTES
+        while writable and left > 0:
+            connection = next(iter(writable))
+            del writable[connection]
+            if connection in self._connections:
+                try:
+                    left -= self._write(connection, left)
+                except Exception:
+                    self._failed(connection)
+        self._pool.unsent = self._get_pool.unsent = 0
+        for connection in writable:
+            (connection.pool or self._pool).unsent += 1
+
+    def _write(self, connection: Connection, most: int) -> int:
+        """Write at most so many bytes of what its socket has not taken; returns how many it takes now."""
         output = connection.output
         exchange = connection.exchange
-        left = LARGE_BYTES
+        left = most
         try:
-            while output:
+            while output and left:
                 sent = connection.sock.send(output[0][:left])
                 left -= sent
                 is_whole = sent == len(output[0])
@@ -382,17 +398,19 @@ class Loop:
                     exchange.was_sent(sent, is_whole=is_whole)
                 if not is_whole:
                     output[0] = output[0][sent:]
-                    return
+                    return most - left
                 del output[0]
         except BlockingIOError:
-            return
+            return most - left
         except OSError:
             self._lost(connection)
-            return
-        self._connections.watch(connection, connection.events & ~WRITE)
-        if connection.phase is _WRITING:
-            self._connections.was_read(connection)
-            self._next(connection)
+            return most - left
+        if not output:
+            self._connections.watch(connection, connection.events & ~WRITE)
+            if connection.phase is _WRITING:
+                self._connections.was_read(connection)
+                self._next(connection)
+        return most - left
 
     def _answered(self, connection: Connection, exchange: Exchange) -> None:
         """The last byte of an answer is with the socket, or in `output`."""
@@ -473,8 +491,7 @@ class Loop:
         exchange.abandoned = True
         if exchange.room is not None:
             exchange.room.set()
-        pool = self._get_pool if exchange.is_get else self._pool
-        if not exchange.started and pool.withdraw(exchange):
+        if not exchange.started and exchange.pool is not None and exchange.pool.withdraw(exchange):
             self._admission.leave(exchange)
 
     def _linger(self, connection: Connection) -> None:

@@ -10,9 +10,9 @@ from contextlib import suppress
 from inference_api.worker.wsgi import Exchange
 
 LARGE_BYTES = 262_144
-"""A socket is given no more in one turn: some would take megabytes, and keep all others waiting for as many."""
-MAX_LARGE_PIECES = 1
-"""Larger pieces of answers that wait to be sent: beyond it no thread takes a request, or they would fill the memory."""
+"""Pieces of answers that are larger are sent in turns: sockets would take megabytes, and keep all others waiting."""
+MAX_LARGE_ANSWERS = 1
+"""So many of these may wait for nothing but their turn: beyond it no thread takes a request, lest memory fill up."""
 
 
 class Outbox:
@@ -21,23 +21,17 @@ class Outbox:
     def __init__(self, wake_fd: int) -> None:
         self.closing = False  # answers say `Connection: close`
         self.pieces: deque[tuple[Exchange, bytes | None, bool]] = deque()
-        self.large: deque[None] = deque()  # one for each of the pieces that is large
         self.resumed: deque[Exchange] = deque()  # that were deferred, and are to be run again
         self.is_asleep = False  # the I/O thread, in its selector
         self._wake_fd = wake_fd
-
-    @property
-    def is_full(self) -> bool:
-        """Whether large answers are made faster than they are sent."""
-        return len(self.large) > MAX_LARGE_PIECES
 
     def deliver(self, exchange: Exchange, data: bytes | None, is_last: bool) -> None:
         """Hand a piece of an answer to the I/O thread, from any thread.
 
         None: the answer cannot be completed and is to be cut off, or the exchange was not run.
         """
-        if data is not None and len(data) > LARGE_BYTES:
-            self.large.append(None)
+        if data is not None and len(data) > LARGE_BYTES and exchange.pool is not None:
+            exchange.pool.large.append(None)
         self.pieces.append((exchange, data, is_last))
         if self.is_asleep:
             self.wake()
@@ -62,14 +56,15 @@ class Pool:
     I/O thread alone calls the methods, but for `wake` and `serve`.
     """
 
-    def __init__(self, name: str, run: Callable[[Exchange], None], outbox: Outbox) -> None:
+    def __init__(self, name: str, run: Callable[[Exchange], None]) -> None:
         self.name = name
-        self._outbox = outbox
         self.size = 0
         self.jobs: deque[Exchange] = deque()
         self.taken: dict[Exchange, None] = {}  # that wait or run, in the order in which they came
         self.overdue: set[Exchange] = set()  # of them, those that run past their deadline
         self.idle: list[threading.Lock] = []  # of the threads that wait for work
+        self.large: deque[None] = deque()  # one for each large piece that the I/O thread has not got yet
+        self.unsent = 0  # connections that would take more of an answer, were it their turn
         self._exits: list[None] = []  # one for each thread that has been replaced, and is to end
         self.run = run
 
@@ -80,12 +75,18 @@ class Pool:
             threading.Thread(target=self.serve, name=f"{self.name}-{self.size}", daemon=True).start()
 
     @property
+    def is_full(self) -> bool:
+        """Whether large answers are made faster than they are sent."""
+        return len(self.large) + self.unsent > MAX_LARGE_ANSWERS
+
+    @property
     def useful_threads(self) -> int:
         """How many threads can be counted on."""
         return self.size - len(self.overdue)
 
     def submit(self, exchange: Exchange) -> None:
         """Queue a request; `wake` lets it be run, and its last piece must be followed by `take_back`."""
+        exchange.pool = self
         self.taken[exchange] = None
         self.jobs.append(exchange)
 
@@ -127,7 +128,7 @@ class Pool:
 
     def serve(self) -> None:
         """Be one of the pool's threads."""
-        jobs, idle, exits, outbox, monotonic = self.jobs, self.idle, self._exits, self._outbox, time.monotonic
+        jobs, idle, exits, monotonic = self.jobs, self.idle, self._exits, time.monotonic
         lock = threading.Lock()
         lock.acquire()
         while True:
@@ -136,12 +137,12 @@ class Pool:
                     exits.pop()
                     return
             try:
-                exchange = None if outbox.is_full else jobs.popleft()
+                exchange = None if self.is_full else jobs.popleft()
             except IndexError:
                 exchange = None
             if exchange is None:
                 idle.append(lock)
-                if (jobs and not outbox.is_full) or exits:  # they came just now
+                if (jobs and not self.is_full) or exits:  # they came just now
                     with suppress(ValueError):  # somebody has taken the lock from the list, and releases it
                         idle.remove(lock)
                         continue

@@ -17,7 +17,7 @@ from inference_api import problems
 
 if TYPE_CHECKING:
     from inference_api.worker.connection import Connection
-    from inference_api.worker.pool import Outbox
+    from inference_api.worker.pool import Outbox, Pool
 
 SERVER = "inference-api"
 MAX_STREAM_BYTES = 1_048_576
@@ -63,8 +63,8 @@ class Exchange:
 
     __slots__ = (
         "_headers", "_is_bodiless", "_is_chunked", "_left", "_outbox", "_status_line", "_waiting_since", "abandoned",
-        "arrived", "body_bytes", "connection", "cost", "deadline", "ended", "environ", "is_get", "is_http11",
-        "is_waiting", "keep_alive", "later", "method", "model", "path", "place", "produced_bytes", "request_id", "room",
+        "arrived", "body_bytes", "connection", "cost", "deadline", "ended", "environ", "is_http11", "is_waiting",
+        "keep_alive", "later", "method", "model", "path", "place", "pool", "produced_bytes", "request_id", "room",
         "sent_bytes", "started", "status", "traceparent", "waited_seconds",
     )  # fmt: skip
 
@@ -80,8 +80,8 @@ class Exchange:
         self.body_bytes = len(body)
         self.is_http11 = is_http11
         self.keep_alive = keep_alive
-        self.is_get = self.method in ("GET", "HEAD")  # these are run by a thread of their own
         self.is_waiting = False  # for a batch to begin, see batching.py
+        self.pool: Pool | None = None  # whose threads run it
         self.place: threading.Lock | None = None  # reserved in the pool, for one that the I/O thread runs
         self.abandoned = False
         self.status = 0

@@ -18,11 +18,13 @@ from inference_api.worker.pool import LARGE_BYTES
 
 ANSWER_BYTES = 10 * LARGE_BYTES
 REQUEST = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n"
+SMALL_REQUEST = REQUEST.replace(b" / ", b" /small ")
 
 
-def large(_environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-    start_response("200 OK", [("Content-Length", str(ANSWER_BYTES))])
-    return [b"a" * ANSWER_BYTES]
+def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+    body = b"a" if environ["PATH_INFO"] == "/small" else b"a" * ANSWER_BYTES
+    start_response("200 OK", [("Content-Length", str(len(body)))])
+    return [body]
 
 
 class Turns:
@@ -37,7 +39,7 @@ class Turns:
         parser = RequestParser(max_line_bytes=0, max_fields=100, max_field_bytes=0, max_body_bytes=1)
         self.loop = Loop(
             listeners=[listener],
-            application=large,
+            application=application,
             connect=lambda sock, _address, _port: Connection(sock, parser, {}),
             settings=Settings.from_environ({}),
             max_requests=1_000,
@@ -89,3 +91,30 @@ def test_large_answers_are_sent_in_turns(turns: Turns) -> None:
         begun = sum(map(bool, turns.received))
         assert max(turns.take()) <= 2 * LARGE_BYTES  # a turn may look at its sockets twice
         assert sum(map(bool, turns.received)) <= begun + 1
+
+
+def test_large_answers_get_on_alike(turns: Turns) -> None:
+    """Each has its turn after the others, and as long as several wait for theirs no more are made."""
+    pool = turns.loop._pool
+    pool.size = 3
+    for client in turns.clients:
+        client.sendall(REQUEST)
+    was_full = []
+    while min(turns.received) < ANSWER_BYTES:
+        turns.take()
+        assert max(turns.received) - min(turns.received) <= 4 * LARGE_BYTES
+        was_full.append(pool.is_full)
+    assert sum(was_full) > ANSWER_BYTES // LARGE_BYTES
+    turns.take()
+    assert not pool.is_full
+
+
+def test_small_answers_do_not_wait_for_large_ones(turns: Turns) -> None:
+    """They go out in the turn in which they are made."""
+    turns.loop._pool.size = 3
+    for client, request in zip(turns.clients, (REQUEST, REQUEST, SMALL_REQUEST), strict=True):
+        client.sendall(request)
+    while turns.loop._requests < len(turns.clients):
+        turns.take()
+    assert turns.received[2]
+    assert max(turns.received) < ANSWER_BYTES

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from inference_api.worker.pool import LARGE_BYTES, MAX_LARGE_PIECES, Outbox, Pool
+from inference_api.worker.pool import LARGE_BYTES, MAX_LARGE_ANSWERS, Outbox, Pool
 from inference_api.worker.wsgi import Exchange
 from tests.unit.exchanges import LIMIT_SECONDS, exchange, wait_for
 
@@ -38,7 +38,7 @@ def runs() -> Iterator[Runs]:
 
 def test_no_request_is_forgotten(runs: Runs) -> None:
     """Submitted at any moment, also while threads turn to sleep, each is run once and without another's help."""
-    pool = Pool("test", runs, Outbox(NO_FD))
+    pool = Pool("test", runs)
     pool.grow(4)
     exchanges = [exchange() for _ in range(5_000)]
     for number, each in enumerate(exchanges):
@@ -54,7 +54,7 @@ def test_no_request_is_forgotten(runs: Runs) -> None:
 def test_one_wake_starts_as_many_threads_as_there_is_work_for(runs: Runs) -> None:
     """A thread that takes a request wakes the next one, if there is another."""
     runs.is_open.clear()
-    pool = Pool("test", runs, Outbox(NO_FD))
+    pool = Pool("test", runs)
     pool.grow(4)
     for _ in range(6):
         pool.submit(exchange())
@@ -68,7 +68,7 @@ def test_one_wake_starts_as_many_threads_as_there_is_work_for(runs: Runs) -> Non
 def test_a_request_is_withdrawn_or_run(runs: Runs) -> None:
     """What still waits can be taken back, and is then never run; what a thread has cannot."""
     runs.is_open.clear()
-    pool = Pool("test", runs, Outbox(NO_FD))
+    pool = Pool("test", runs)
     pool.grow(1)
     first, second, third = exchange(), exchange(), exchange()
     for each in (first, second, third):
@@ -88,7 +88,7 @@ def test_a_request_is_withdrawn_or_run(runs: Runs) -> None:
 
 def test_overdue_threads_are_not_counted_on(runs: Runs) -> None:
     """Until the request comes back."""
-    pool = Pool("test", runs, Outbox(NO_FD))
+    pool = Pool("test", runs)
     pool.grow(2)
     late = exchange()
     pool.submit(late)
@@ -100,7 +100,7 @@ def test_overdue_threads_are_not_counted_on(runs: Runs) -> None:
 
 def test_a_thread_is_replaced_by_another(runs: Runs) -> None:
     """One that is idle ends, the other serves in its place, and as many requests run at once as before."""
-    pool = Pool("replaced", runs, Outbox(NO_FD))
+    pool = Pool("replaced", runs)
     pool.grow(2)
     wait_for(lambda: bool(pool.idle))
     place = pool.reserve()
@@ -120,7 +120,7 @@ def test_a_thread_is_replaced_by_another(runs: Runs) -> None:
 
 def test_a_reserved_place_stays_idle_until_it_is_free(runs: Runs) -> None:
     """Whose it is runs something meanwhile, and counts for the thread."""
-    pool = Pool("reserved", runs, Outbox(NO_FD))
+    pool = Pool("reserved", runs)
     pool.grow(1)
     wait_for(lambda: bool(pool.idle))
     place = pool.reserve()
@@ -134,26 +134,36 @@ def test_a_reserved_place_stays_idle_until_it_is_free(runs: Runs) -> None:
     wait_for(lambda: len(runs.ended) == 1)
 
 
-def test_nothing_is_begun_while_answers_are_made_too_fast(runs: Runs) -> None:
-    """As long as too many wait to be sent, requests wait, too."""
+@pytest.mark.parametrize("is_taken", [False, True], ids=["delivered", "taken"])
+def test_nothing_is_begun_while_answers_are_made_too_fast(runs: Runs, is_taken: bool) -> None:
+    """As long as too many wait to be sent, with the I/O thread or on their way to it, requests wait, too."""
     outbox = Outbox(NO_FD)
-    pool = Pool("full", runs, outbox)
-    for _ in range(MAX_LARGE_PIECES + 1):
-        outbox.deliver(exchange(), b"a" * (LARGE_BYTES + 1), True)
+    pool, other = Pool("full", runs), Pool("other", runs)
+    for _ in range(MAX_LARGE_ANSWERS + 1):
+        answered = exchange()
+        answered.pool = pool
+        outbox.deliver(answered, b"a" * (LARGE_BYTES + 1), True)
+    if is_taken:
+        pool.unsent = len(pool.large)
+        pool.large.clear()
+    assert (pool.is_full, other.is_full) == (True, False)
     pool.submit(exchange())
     pool.grow(1)
     wait_for(lambda: bool(pool.idle))
     pool.wake()
     wait_for(lambda: bool(pool.idle))
     assert not runs.started
-    outbox.large.pop()
+    if is_taken:
+        pool.unsent -= 1
+    else:
+        pool.large.pop()
     pool.wake()
     wait_for(lambda: len(runs.ended) == 1)
 
 
 def test_a_pool_grows_and_never_shrinks(runs: Runs) -> None:
     """The models decide how many threads are of use, once they are loaded."""
-    pool = Pool("growing", runs, Outbox(NO_FD))
+    pool = Pool("growing", runs)
     for size, expected in ((1, 1), (3, 3), (2, 3)):
         pool.grow(size)
         assert pool.size == expected

@@ -37,7 +37,7 @@ class Worker:
 
     def __init__(self) -> None:
         self.outbox = Outbox(NO_FD)
-        self.pool = Pool("role", self.run, self.outbox)
+        self.pool = Pool("role", self.run)
         self.admission = Admission(self.pool, 100, 60.0)
         self.admission.observe(exchange(QUICK), 0.0001)
         self.admission.observe(exchange(SLOW), 1.0)
