@@ -36,7 +36,9 @@ class Role:
         self._pool = pool
         self._resumed = resumed
         self._admission = admission
-        self._lock = threading.Lock()  # held by the thread that has the role, but while it runs `_quick`
+        # Held by the thread that has the role, but while it runs `_quick`: who takes it then has the role. Each has one
+        # of its own, so that the thread that had the role before never finds its own free again.
+        self._lock = threading.Lock()
         self._quick: Exchange | None = None
         self._deferred: list[Exchange] = []  # that have been run up to where they have to wait for their answer
         self._last_quick = 0.0  # when the last request that is quick began
@@ -49,7 +51,6 @@ class Role:
 
         The calling thread only watches, so that signal handlers always run at once.
         """
-        self._lock.acquire()
         self._serving.acquire()
         self._start()
         while not self._serving.acquire(timeout=TAKE_OVER_SECONDS if self._is_watched else WATCH_SECONDS):
@@ -61,6 +62,8 @@ class Role:
             raise self._failure
 
     def _start(self) -> None:
+        self._lock = threading.Lock()
+        self._lock.acquire()
         threading.Thread(target=self._live, name="io", daemon=True).start()
 
     def _live(self) -> None:

@@ -16,7 +16,7 @@ from inference_api.worker.wsgi import Exchange
 from tests.unit.exchanges import LIMIT_SECONDS, exchange, wait_for
 
 NO_FD = -1  # nobody sleeps
-QUICK, SLOW, LATER = "/quick", "/slow", "/later"
+QUICK, ALSO_QUICK, SLOW, LATER = "/quick", "/also-quick", "/slow", "/later"
 
 
 class Later:
@@ -40,6 +40,7 @@ class Worker:
         self.pool = Pool("role", self.run)
         self.admission = Admission(self.pool, 100, 60.0)
         self.admission.observe(exchange(QUICK), 0.0001)
+        self.admission.observe(exchange(ALSO_QUICK), 0.0001)
         self.admission.observe(exchange(SLOW), 1.0)
         self.admission.observe(exchange(LATER), 0.0001)
         self.role = Role(cast(Loop, self), self.pool, self.outbox.resumed, self.admission)
@@ -157,6 +158,28 @@ def test_no_more_run_at_once_than_there_are_threads_when_one_is_not_quick(worker
         gate.set()
     wait_for(lambda: set(others) <= set(worker.ended))
     assert first[0] in worker.ended
+
+
+def test_who_had_the_role_does_not_take_it_back(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The slow one ends just while the next who has the role runs a quick one: the role stays where it is."""
+    added: list[Exchange] = []
+    worker.receives.append(lambda: added.append(worker.add(QUICK, is_gated=True)))
+    wait_for(lambda: bool(added) and added[0] in worker.ran_by)
+    turns = len(worker.waits)
+    wait_for(lambda: len(worker.waits) > turns + 3)  # another thread has the role
+    monkeypatch.setattr(role, "TAKE_OVER_SECONDS", 2 * LIMIT_SECONDS)  # and keeps it
+    worker.receives.append(lambda: added.append(worker.add(ALSO_QUICK, is_gated=True)))
+    wait_for(lambda: len(added) == 2 and added[1] in worker.ran_by)
+    worker.gates[added[0]].set()
+    wait_for(lambda: added[0] in worker.ended and len(worker.pool.idle) == 1)
+    worker.gates[added[1]].set()
+    wait_for(lambda: added[1] in worker.ended and len(worker.pool.idle) == 2)
+    turns = len(worker.waits)
+    wait_for(lambda: len(worker.waits) > turns + 3)
+    assert set(worker.io_threads[turns:]) == {worker.ran_by[added[1]]}
+    others = [worker.add(SLOW, is_gated=True) for _ in range(2)]
+    worker.pool.wake()
+    wait_for(lambda: set(others) <= set(worker.ran_by))  # there are two threads, both of which can be woken
 
 
 def test_who_waits_for_an_answer_keeps_a_place_but_no_thread(worker: Worker) -> None:
