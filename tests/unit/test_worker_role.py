@@ -1,5 +1,6 @@
 """The I/O thread's role by itself: who runs what is quick, and what becomes of what is not."""
 
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -48,6 +49,7 @@ class Worker:
         self.ended: list[Exchange] = []
         self.laters: dict[Exchange, Later] = {}
         self.gates: dict[Exchange, threading.Event] = {}
+        self.naps: dict[Exchange, float] = {}
         self.receives: list[Callable[[], None]] = []
         self.responds: list[Callable[[], None]] = []
         self.waits: list[bool] = []
@@ -58,6 +60,7 @@ class Worker:
         self.ran_by[exchange] = threading.current_thread()
         if exchange in self.gates:
             assert self.gates[exchange].wait(LIMIT_SECONDS)
+        time.sleep(self.naps.get(exchange, 0.0))
         if exchange.path == LATER and exchange not in self.laters:
             self.laters[exchange] = exchange.later = Later()
             exchange._outbox = self.outbox
@@ -65,9 +68,10 @@ class Worker:
         exchange.later = None
         self.ended.append(exchange)
 
-    def add(self, path: str, *, is_gated: bool = False) -> Exchange:
+    def add(self, path: str, *, is_gated: bool = False, seconds: float = 0.0) -> Exchange:
         """A request that has come; one that is gated runs until its gate is opened."""
         new = exchange(path)
+        self.naps[new] = seconds
         if is_gated:
             self.gates[new] = threading.Event()
         assert self.admission.enter(new) is None
@@ -180,6 +184,28 @@ def test_who_had_the_role_does_not_take_it_back(worker: Worker, monkeypatch: pyt
     others = [worker.add(SLOW, is_gated=True) for _ in range(2)]
     worker.pool.wake()
     wait_for(lambda: set(others) <= set(worker.ran_by))  # there are two threads, both of which can be woken
+
+
+def test_no_place_is_lost_while_the_role_goes_round(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many are taken for quick and are not, and end at any moment: each ends once, and two threads are idle again."""
+    monkeypatch.setattr(role, "TAKE_OVER_SECONDS", 0.002)
+    monkeypatch.setattr(worker.admission, "observe_slow", lambda *_: None)  # or they were not tried again
+    chosen = random.Random(1)
+    added: list[Exchange] = []
+
+    def receive() -> None:
+        for each in worker.pool.taken.keys() & set(worker.ended):
+            worker.pool.take_back(each)
+            worker.admission.leave(each)
+        if len(worker.pool.taken) < 3:
+            path, seconds = chosen.choice((QUICK, QUICK, SLOW)), chosen.choice((0.0, 0.0, 0.001, 0.003, 0.007))
+            added.append(worker.add(path, seconds=seconds))
+
+    worker.receives.extend([receive] * 500)
+    wait_for(lambda: not worker.receives and set(added) <= set(worker.ended))
+    assert len(added) > 100 and len(set(worker.io_threads)) > 3
+    assert len(worker.ended) == len(set(worker.ended))
+    wait_for(lambda: len(worker.pool.idle) == 2)
 
 
 def test_who_waits_for_an_answer_keeps_a_place_but_no_thread(worker: Worker) -> None:
