@@ -255,6 +255,28 @@ def test_an_answer_that_is_not_read_is_cut_off(service: Service) -> None:
         assert len(answer.json["prediction"]) == LARGE_BYTES
 
 
+def test_large_answers_come_whole_to_many_who_read_them(service: Service) -> None:
+    """Together they are more than a worker may hold; none is given up, and /health is answered meanwhile."""
+    body = b'{"size": %d}' % LARGE_BYTES
+    with clients(service, 40) as readers:
+        came = [0] * len(readers)
+
+        def read(number: int) -> None:
+            came[number] = read_on(readers[number])
+
+        for reader in readers:
+            reader.sendall(post_request("/large", body, b"Connection: close"))
+        reading = [threading.Thread(target=read, args=(number,)) for number in range(len(readers))]
+        for thread in reading:
+            thread.start()
+        while any(thread.is_alive() for thread in reading):
+            started = time.monotonic()
+            assert service.get("/health").status == 200
+            assert time.monotonic() - started < PROMPT_SECONDS
+    assert min(came) > LARGE_BYTES
+    assert len(set(came)) == 1
+
+
 def read_on(client: socket.socket) -> int:
     """How many bytes still come."""
     count = 0
