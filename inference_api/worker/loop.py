@@ -381,7 +381,7 @@ class Loop:
                 except Exception:
                     self._failed(connection)
         self._pool.unsent = self._get_pool.unsent = 0
-        for connection in writable:
+        for connection in writable.keys() & self._connections:  # others have been closed before their turn
             (connection.pool or self._pool).unsent += 1
 
     def _write(self, connection: Connection, most: int) -> int:
