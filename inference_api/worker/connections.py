@@ -28,6 +28,7 @@ class Connections(set[Connection]):
         self._selector = selector
         self._max_connections = max_connections
         self._evictable: list[tuple[Connection, float]] = []  # that were idle, since when; the longest last
+        self.writable: dict[Connection, None] = {}  # that take more of their answer, in the order of their turns
         self._held_bytes = 0
         self._paused: dict[Connection, None] = {}  # that hold much: in the order in which they may go on
         self._unread: dict[Connection, int] = {}  # bytes of their answers, the oldest first
@@ -45,6 +46,7 @@ class Connections(set[Connection]):
         connection.exchange = None  # which refers back to it
         self.hold(connection, 0)
         self.was_read(connection)
+        self.writable.pop(connection, None)
         self.discard(connection)
 
     def watch(self, connection: Connection, events: int) -> None:

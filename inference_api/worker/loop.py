@@ -88,7 +88,6 @@ class Loop:
         self._connections = Connections(self._selector, settings.max_connections)
         self._listener = Listener(listeners, self._selector, self._connections, self._admit)
         self._ready: list[Connection] = []  # that have more requests in their buffer
-        self._writable: dict[Connection, None] = {}  # that take more of their answer, in the order of their turns
         self._wake_fd = wake_fds[0]
         self._selector.register(self._wake_fd, READ)
         self._outbox = Outbox(wake_fds[1])
@@ -259,7 +258,7 @@ class Loop:
                     except (OSError, MemoryError):
                         arrived.append((target, None))
                 if mask & WRITE:
-                    self._writable.setdefault(target)
+                    self._connections.writable.setdefault(target)
             elif target is not None:
                 knocked.append(target)
             else:
@@ -371,24 +370,22 @@ class Loop:
 
     def _write_on(self) -> None:
         """Go on with what waits for its turn: LARGE_BYTES of it in all, and to whoever has waited for longest."""
-        writable, left = self._writable, LARGE_BYTES
-        while writable and left > 0:
+        writable, left = self._connections.writable, LARGE_BYTES
+        while writable and left:
             connection = next(iter(writable))
             del writable[connection]
-            if connection in self._connections:
-                try:
-                    left -= self._write(connection, left)
-                except Exception:
-                    self._failed(connection)
+            try:
+                left = self._write(connection, left)
+            except Exception:
+                self._failed(connection)
         self._pool.unsent = self._get_pool.unsent = 0
-        for connection in writable.keys() & self._connections:  # others have been closed before their turn
+        for connection in writable:
             (connection.pool or self._pool).unsent += 1
 
-    def _write(self, connection: Connection, most: int) -> int:
-        """Write at most so many bytes of what its socket has not taken; returns how many it takes now."""
+    def _write(self, connection: Connection, left: int) -> int:
+        """Write at most so many bytes of what its socket has not taken; returns how many of them are left."""
         output = connection.output
         exchange = connection.exchange
-        left = most
         try:
             while output and left:
                 sent = connection.sock.send(output[0][:left])
@@ -398,19 +395,19 @@ class Loop:
                     exchange.was_sent(sent, is_whole=is_whole)
                 if not is_whole:
                     output[0] = output[0][sent:]
-                    return most - left
+                    return left
                 del output[0]
         except BlockingIOError:
-            return most - left
+            return left
         except OSError:
             self._lost(connection)
-            return most - left
+            return left
         if not output:
             self._connections.watch(connection, connection.events & ~WRITE)
             if connection.phase is _WRITING:
                 self._connections.was_read(connection)
                 self._next(connection)
-        return most - left
+        return left
 
     def _answered(self, connection: Connection, exchange: Exchange) -> None:
         """The last byte of an answer is with the socket, or in `output`."""

@@ -38,7 +38,7 @@ class Role:
         self._admission = admission
         # Held by the thread that has the role, but while it runs `_quick`: who takes it then has the role. Each has one
         # of its own, so that the thread that had the role before never finds its own free again.
-        self._lock = threading.Lock()
+        self._lock: threading.Lock
         self._quick: Exchange | None = None
         self._deferred: list[Exchange] = []  # that have been run up to where they have to wait for their answer
         self._last_quick = 0.0  # when the last request that is quick began

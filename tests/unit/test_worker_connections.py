@@ -168,3 +168,12 @@ def test_the_oldest_unread_answers_are_given_up_for_others(opened: Opened, caplo
     after.output = [answer, answer]
     opened.connections.wrote(after)
     assert after in opened.connections
+
+
+def test_who_is_closed_before_its_turn_has_none(opened: Opened) -> None:
+    """Nothing of it is counted among what waits to be written."""
+    first, second = opened.add(), opened.add()
+    for connection in (first, second):
+        opened.connections.writable.setdefault(connection)
+    opened.connections.close(first)
+    assert list(opened.connections.writable) == [second]
