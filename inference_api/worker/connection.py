@@ -4,13 +4,10 @@ import enum
 import re
 import socket
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from inference_api.worker.http import ChunkedBody, Head, RequestParser, SizedBody
 from inference_api.worker.wsgi import Exchange
-
-if TYPE_CHECKING:
-    from inference_api.worker.pool import Pool
 
 MAX_PIPELINED_BYTES = 65_536
 """Bytes of further requests read while one is being answered."""
@@ -47,7 +44,7 @@ class Connection:
         self.events = 0  # what the selector watches it for
         self.exchange: Exchange | None = None  # while it is not answered: in phase RUNNING alone
         self.output: list[memoryview] = []  # what the socket has not taken yet
-        self.pool: Pool | None = None  # which has made that
+        self.unread: Exchange | None = None  # whose answer that is, once it is whole: in phase WRITING alone
         self.buffer = b""  # bytes read and not understood yet
         self.held_bytes = 0  # what it counts for among the bytes that the worker holds
         self.has_ended = False  # the client sends no more

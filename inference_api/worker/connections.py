@@ -3,7 +3,7 @@
 import logging
 import selectors
 import socket
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 
 from inference_api.worker.connection import Connection, Phase
 
@@ -11,7 +11,7 @@ MAX_HELD_BYTES = 64 * 1_048_576
 """Bytes of request bodies held in one worker; beyond it, connections that hold much are not read from."""
 MIN_PAUSED_BYTES = 65_536
 MAX_UNREAD_BYTES = 256 * 1_048_576
-"""Bytes of whole answers, waiting in one worker for their clients to read them; beyond it the oldest are given up."""
+"""Bytes of whole answers, waiting in one worker for their clients to read them; beyond it some are given up."""
 
 log = logging.getLogger("inference_api.worker")
 
@@ -31,7 +31,7 @@ class Connections(set[Connection]):
         self.writable: dict[Connection, None] = {}  # that take more of their answer, in the order of their turns
         self._held_bytes = 0
         self._paused: dict[Connection, None] = {}  # that hold much: in the order in which they may go on
-        self._unread: dict[Connection, int] = {}  # bytes of their answers, the oldest first
+        self._unread: dict[Connection, int] = {}  # bytes of their answers
         self._unread_bytes = 0
 
     def add(self, connection: Connection) -> None:
@@ -116,15 +116,25 @@ class Connections(set[Connection]):
             self._paused.clear()
 
     def wrote(self, connection: Connection) -> None:
-        """Its answer waits for the client, until `was_read`; where all that wait are too large, close the oldest."""
+        """Its answer waits for the client, until `was_read`.
+
+        Where all that wait are too large, those are closed that have been read least of late, but none whose client
+        waits for its turn.
+        """
         # A view keeps the whole of what it shows a part of.
         count = sum(memoryview(piece.obj).nbytes for piece in connection.output)
         self._unread[connection] = count
         self._unread_bytes += count
-        while self._unread_bytes > MAX_UNREAD_BYTES and len(self._unread) > 1:
-            log.warning("an answer is given up: unread ones hold too much memory", extra={"unread": len(self._unread)})
-            self.close(next(iter(self._unread)))
+        while self._unread_bytes > MAX_UNREAD_BYTES:
+            others = [each for each in self._unread if each is not connection and each not in self.writable]
+            if not others:
+                break
+            slowest = min(others, key=attrgetter("expires"))
+            fields = slowest.unread.log_fields if slowest.unread is not None else {}
+            log.warning("an answer is given up: unread ones hold too much memory", extra=fields)
+            self.close(slowest)
 
     def was_read(self, connection: Connection) -> None:
         """Its answer, if there was one, does not wait any more."""
         self._unread_bytes -= self._unread.pop(connection, 0)
+        connection.unread = None

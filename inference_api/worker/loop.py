@@ -32,6 +32,9 @@ PIECES_AT_ONCE = 128
 MIN_COUNTED_BYTES = 4_096
 TICK_SECONDS = 0.1
 HEARTBEAT_SECONDS = 0.5
+MIN_READ_BYTES_PER_SECOND = 65_536
+"""A client that takes as much of its answer is not cut off, however long that takes. Somewhat more is needed where the
+kernel holds much of an answer, as the worker sees it being taken then only now and then."""
 LINGER_SECONDS = 1.0
 IDLE_AT_CLOSE_SECONDS = 1.0
 LATE_SECONDS = 0.01
@@ -150,7 +153,7 @@ class Loop:
         outbox = self._outbox
         self._get_pool.wake()  # for what its thread has left while too many answers waited to be sent
         outbox.is_asleep = True
-        is_due = outbox.pieces or outbox.resumed or self._ready or not may_wait
+        is_due = outbox.pieces or outbox.resumed or self._ready or self._connections.writable or not may_wait
         may_sleep = not is_due and not self._journal.entries
         events = self._selector.select(max(0.0, self._next_tick - time.monotonic()) if may_sleep else 0.0)
         outbox.is_asleep = False
@@ -209,8 +212,6 @@ class Loop:
         ended = []
         for _ in range(min(len(pieces), PIECES_AT_ONCE)):  # a thread may make more as fast as they are sent
             exchange, data, is_last = pieces.popleft()
-            if data is not None and len(data) > LARGE_BYTES and exchange.pool is not None:
-                exchange.pool.large.pop()
             if is_last:
                 ended.append(exchange)
             if exchange.abandoned:
@@ -351,7 +352,9 @@ class Loop:
             connection.output.append(memoryview(data))
             return True
         sent = 0
-        if len(data) <= LARGE_BYTES:  # else it waits for its turn
+        if len(data) > LARGE_BYTES:
+            self._connections.writable.setdefault(connection)  # it waits for its turn
+        else:
             try:
                 sent = connection.sock.send(data)
             except BlockingIOError:
@@ -364,7 +367,6 @@ class Loop:
             exchange.was_sent(sent, is_whole=sent == len(data))
         if sent < len(data):
             connection.output.append(memoryview(data)[sent:])
-            connection.pool = exchange.pool if exchange is not None else None
             self._connections.watch(connection, connection.events | WRITE)
         return True
 
@@ -378,9 +380,15 @@ class Loop:
                 left = self._write(connection, left)
             except Exception:
                 self._failed(connection)
+        self._count_unsent()
+
+    def _count_unsent(self) -> None:
+        """Have no more answers made than can be sent; who makes one piece by piece waits by itself."""
         self._pool.unsent = self._get_pool.unsent = 0
-        for connection in writable:
-            (connection.pool or self._pool).unsent += 1
+        for connection in self._connections.writable:
+            answered = connection.unread
+            if answered is not None and answered.room is None and answered.pool is not None:
+                answered.pool.unsent += 1
 
     def _write(self, connection: Connection, left: int) -> int:
         """Write at most so many bytes of what its socket has not taken; returns how many of them are left."""
@@ -388,21 +396,29 @@ class Loop:
         exchange = connection.exchange
         try:
             while output and left:
-                sent = connection.sock.send(output[0][:left])
+                piece = output[0][:left]
+                sent = connection.sock.send(piece)
                 left -= sent
                 is_whole = sent == len(output[0])
                 if exchange is not None:
                     exchange.was_sent(sent, is_whole=is_whole)
-                if not is_whole:
-                    output[0] = output[0][sent:]
+                elif connection.phase is _WRITING:
+                    longest = self._now + self._settings.read_timeout
+                    connection.expires = min(connection.expires + sent / MIN_READ_BYTES_PER_SECOND, longest)
+                if is_whole:
+                    del output[0]
+                    continue
+                output[0] = output[0][sent:]
+                if sent < len(piece):
                     return left
-                del output[0]
         except BlockingIOError:
             return left
         except OSError:
             self._lost(connection)
             return left
-        if not output:
+        if output:
+            self._connections.writable[connection] = None  # behind the others
+        else:
             self._connections.watch(connection, connection.events & ~WRITE)
             if connection.phase is _WRITING:
                 self._connections.was_read(connection)
@@ -417,7 +433,9 @@ class Loop:
         if connection.output:
             connection.phase = _WRITING
             connection.expires = self._now + self._settings.read_timeout
+            connection.unread = exchange
             self._connections.wrote(connection)
+            self._count_unsent()
         else:
             self._next(connection)
 
@@ -554,6 +572,8 @@ class Loop:
                 detail = f"The answer took longer than {self._settings.request_timeout:g} seconds."
                 self._answer(connection, exchange, 504, detail)
         else:
+            if connection.unread is not None:
+                log.warning("an answer was not read in time", extra=connection.unread.log_fields)
             self._connections.close(connection)
 
     def _check_threads(self) -> None:

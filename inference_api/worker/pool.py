@@ -30,8 +30,8 @@ class Outbox:
 
         None: the answer cannot be completed and is to be cut off, or the exchange was not run.
         """
-        if data is not None and len(data) > LARGE_BYTES and exchange.pool is not None:
-            exchange.pool.large.append(None)
+        if data is not None and len(data) > LARGE_BYTES and exchange.room is None and exchange.pool is not None:
+            exchange.pool.large.add(exchange)
         self.pieces.append((exchange, data, is_last))
         if self.is_asleep:
             self.wake()
@@ -63,8 +63,8 @@ class Pool:
         self.taken: dict[Exchange, None] = {}  # that wait or run, in the order in which they came
         self.overdue: set[Exchange] = set()  # of them, those that run past their deadline
         self.idle: list[threading.Lock] = []  # of the threads that wait for work
-        self.large: deque[None] = deque()  # one for each large piece that the I/O thread has not got yet
-        self.unsent = 0  # connections that would take more of an answer, were it their turn
+        self.large: set[Exchange] = set()  # of them, those that ended with a large answer
+        self.unsent = 0  # connections that would take more of their answer, were it their turn
         self._exits: list[None] = []  # one for each thread that has been replaced, and is to end
         self.run = run
 
@@ -119,6 +119,7 @@ class Pool:
         """A thread is done with a request."""
         del self.taken[exchange]
         self.overdue.discard(exchange)
+        self.large.discard(exchange)
 
     def wake(self) -> None:
         """Wake one idle thread, if there is work for it."""

@@ -247,12 +247,30 @@ def test_an_answer_that_is_not_read_is_cut_off(service: Service) -> None:
         assert all(received)
         # What is read now is what the kernels hold; the rest does not come.
         service.wait_for_metric("connections", 1)
+        cut_off = [line for line in service.log() if line["message"] == "an answer was not read in time"]
+        assert [line["path"] for line in cut_off] == ["/large"] * len(slow)
         for client in slow:
             assert read_on(client) < LARGE_BYTES
         with service.connect() as reader:
             reader.sendall(post_request("/large", body, b"Connection: close"))
             (answer,) = answers(read_to_end(reader))
         assert len(answer.json["prediction"]) == LARGE_BYTES
+
+
+def test_an_answer_that_is_read_steadily_comes_whole(service: Service) -> None:
+    """However long it takes: the write deadline is for clients that do not go on."""
+    seconds = 2.5 * READ_TIMEOUT
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
+        client.connect(("127.0.0.1", service.port))
+        client.sendall(post_request("/large", b'{"size": %d}' % LARGE_BYTES, b"Connection: close"))
+        came = b""
+        started = time.monotonic()
+        while data := client.recv(65_536):
+            came += data
+            time.sleep(max(0.0, started + seconds * len(came) / LARGE_BYTES - time.monotonic()))
+    (answer,) = answers(came)
+    assert len(answer.json["prediction"]) == LARGE_BYTES
 
 
 def test_large_answers_come_whole_to_many_who_read_them(service: Service) -> None:
@@ -422,12 +440,19 @@ def test_many_large_bodies_at_once_all_arrive(service: Service) -> None:
 
 def test_a_refusal_that_nobody_reads_is_logged(service: Service) -> None:
     """The client has gone while its first request was answered; what it sent after it gets its line all the same."""
-    before = len(service.access_lines())
+
+    def lines() -> list[int]:
+        """The statuses of all lines so far, those of other tests after their last one."""
+        told = service.access_lines()
+        first = next((at for at, line in enumerate(told) if line["request_id"] == "nobody-reads"), len(told))
+        return [line["status"] for line in told[first:]]
+
+    service.request("GET", "/health", headers={"X-Request-ID": "nobody-reads"})
     for _ in range(5):
         with service.connect() as client:
             client.sendall(HEALTH + b"nonsense\r\n\r\n")
-    wait_for(lambda: len(service.access_lines()) == before + 10, LIMIT_SECONDS)
-    assert sorted(line["status"] for line in service.access_lines()[before:]) == [200] * 5 + [400] * 5
+    wait_for(lambda: len(lines()) == 11, LIMIT_SECONDS)
+    assert sorted(lines()) == [200] * 6 + [400] * 5
 
 
 def test_a_request_at_the_moment_of_the_idle_close(service: Service) -> None:

@@ -170,6 +170,24 @@ def test_the_oldest_unread_answers_are_given_up_for_others(opened: Opened, caplo
     assert after in opened.connections
 
 
+def test_given_up_is_the_answer_that_is_read_least(opened: Opened) -> None:
+    """Its deadline is the nearest; none whose client waits for its turn is given up, if all of them do."""
+    answer = memoryview(bytes(MAX_UNREAD_BYTES // 2))
+    steady, slow, waiting = (opened.add(phase=Phase.WRITING) for _ in range(3))
+    steady.expires, slow.expires = 2.0, 1.0
+    opened.connections.writable[waiting] = None
+    for connection in (steady, waiting, slow):
+        connection.output = [answer]
+        opened.connections.wrote(connection)
+    assert set(opened.connections) == {waiting, slow}, "the newest is not given up"
+    slow.output = []
+    opened.connections.was_read(slow)
+    opened.connections.writable[slow] = None
+    slow.output = [answer, answer]
+    opened.connections.wrote(slow)
+    assert set(opened.connections) == {waiting, slow}
+
+
 def test_who_is_closed_before_its_turn_has_none(opened: Opened) -> None:
     """Nothing of it is counted among what waits to be written."""
     first, second = opened.add(), opened.add()

@@ -13,7 +13,7 @@ from inference_api.logs import LineWriter
 from inference_api.metrics import Metrics
 from inference_api.worker.connection import Connection
 from inference_api.worker.http import RequestParser
-from inference_api.worker.loop import Loop
+from inference_api.worker.loop import MIN_READ_BYTES_PER_SECOND, Loop
 from inference_api.worker.pool import LARGE_BYTES
 
 ANSWER_BYTES = 10 * LARGE_BYTES
@@ -118,3 +118,22 @@ def test_small_answers_do_not_wait_for_large_ones(turns: Turns) -> None:
         turns.take()
     assert turns.received[2]
     assert max(turns.received) < ANSWER_BYTES
+
+
+def test_reading_on_puts_the_deadline_off(turns: Turns) -> None:
+    """By what is read, and never to more than READ_TIMEOUT from now."""
+    read_timeout = turns.loop._settings.read_timeout
+    turns.clients[0].sendall(REQUEST)
+    while not turns.received[0]:
+        turns.take()
+    (connection,) = (each for each in turns.loop._connections if each.unread is not None)
+    assert connection.expires == turns.loop._now + read_timeout
+    connection.expires = turns.loop._now + 0.5
+    before, received = connection.expires, turns.received[0]
+    while turns.received[0] == received:
+        turns.take()
+    seconds = LARGE_BYTES / MIN_READ_BYTES_PER_SECOND
+    assert before + seconds / 2 < connection.expires <= before + 2 * seconds < turns.loop._now + read_timeout
+    while connection.unread is not None:
+        turns.take()
+    assert turns.received[0] > ANSWER_BYTES
