@@ -130,7 +130,6 @@ class Loop:
     def serve(self) -> None:
         """Serve until the worker has left: after `request_stop`, and what was begun is finished."""
         os.register_at_fork(after_in_child=self._forked)
-        self._get_pool.grow(1)
         try:
             self._role.serve()
         finally:
@@ -545,6 +544,7 @@ class Loop:
         if now >= self._next_heartbeat:
             self._next_heartbeat = now + HEARTBEAT_SECONDS
             pool.grow(getattr(self._application, "threads", self._settings.threads or 1))
+            self._get_pool.grow(1)
             if not self._lifecycle.is_stuck and not self._heartbeat():
                 self._lifecycle.shut_down(now)
         pending = len(pool.jobs)

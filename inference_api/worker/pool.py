@@ -1,5 +1,6 @@
 """Application threads: how requests come to them, and how answers come back to the I/O thread."""
 
+import logging
 import os
 import threading
 import time
@@ -13,6 +14,8 @@ LARGE_BYTES = 262_144
 """Pieces of answers that are larger are sent in turns: sockets would take megabytes, and keep all others waiting."""
 MAX_LARGE_ANSWERS = 1
 """So many of these may wait for nothing but their turn: beyond it no thread takes a request, lest memory fill up."""
+
+log = logging.getLogger("inference_api.worker")
 
 
 class Outbox:
@@ -69,10 +72,14 @@ class Pool:
         self.run = run
 
     def grow(self, size: int) -> None:
-        """Have at least `size` threads."""
+        """Have at least `size` threads, or as many as can be had."""
         while self.size < size:
+            try:
+                threading.Thread(target=self.serve, name=f"{self.name}-{self.size + 1}", daemon=True).start()
+            except RuntimeError as exc:
+                log.error("only %d of %d threads serve: %s", self.size, size, exc)
+                break
             self.size += 1
-            threading.Thread(target=self.serve, name=f"{self.name}-{self.size}", daemon=True).start()
 
     @property
     def is_full(self) -> bool:

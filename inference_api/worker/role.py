@@ -1,5 +1,6 @@
 """The I/O thread is a role: one thread has it at a time, and runs quick requests itself."""
 
+import logging
 import threading
 import time
 from collections import deque
@@ -18,6 +19,8 @@ TAKE_OVER_SECONDS = 0.005
 """How long a request that was thought to be quick keeps the I/O thread before another one takes its place."""
 WATCH_SECONDS = 0.1
 LULL_SECONDS = 1.0
+
+log = logging.getLogger("inference_api.worker")
 
 
 class Role:
@@ -38,7 +41,7 @@ class Role:
         self._admission = admission
         # Held by the thread that has the role, but while it runs `_quick`: who takes it then has the role. Each has one
         # of its own, so that the thread that had the role before never finds its own free again.
-        self._lock: threading.Lock
+        self._lock = threading.Lock()
         self._quick: Exchange | None = None
         self._deferred: list[Exchange] = []  # that have been run up to where they have to wait for their answer
         self._last_quick = 0.0  # when the last request that is quick began
@@ -53,20 +56,27 @@ class Role:
         """
         self._serving.acquire()
         self._start()
+        again_at = 0.0
         while not self._serving.acquire(timeout=TAKE_OVER_SECONDS if self._is_watched else WATCH_SECONDS):
             now, quick = time.monotonic(), self._quick
             self._is_watched = now - self._last_quick < LULL_SECONDS
-            if quick and now - self._last_quick > TAKE_OVER_SECONDS and self._lock.acquire(blocking=False):
-                self._start()
+            if quick and now - self._last_quick > TAKE_OVER_SECONDS and now >= again_at:
+                try:
+                    self._start()
+                except RuntimeError as exc:  # it goes on when the request has ended
+                    log.warning("a slow request holds up all others: %s", exc)
+                    again_at = now + LULL_SECONDS
         if self._failure is not None:
             raise self._failure
 
     def _start(self) -> None:
+        threading.Thread(target=self._live, args=(self._lock,), name="io", daemon=True).start()
+
+    def _live(self, lock: threading.Lock) -> None:
+        if not lock.acquire(blocking=False):  # the request that was slow has ended
+            return
         self._lock = threading.Lock()
         self._lock.acquire()
-        threading.Thread(target=self._live, name="io", daemon=True).start()
-
-    def _live(self) -> None:
         has_role = True
         try:
             has_role = self._fulfil()

@@ -170,6 +170,26 @@ def test_a_pool_grows_and_never_shrinks(runs: Runs) -> None:
         assert sum(thread.name.startswith("growing-") for thread in threading.enumerate()) == expected
 
 
+def test_a_pool_that_cannot_grow_serves_with_the_threads_it_has(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It says so, and grows when it is asked to once more."""
+    pool = Pool("growing", runs)
+    pool.grow(1)
+
+    def refused(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refused)
+        pool.grow(3)
+    assert pool.size == 1
+    assert [record.getMessage() for record in caplog.records] == ["only 1 of 3 threads serve: can't start new thread"]
+    pool.grow(3)
+    assert pool.size == 3
+    assert len(caplog.records) == 1
+
+
 @pytest.fixture
 def pipe() -> Iterator[tuple[int, int]]:
     ends = os.pipe()

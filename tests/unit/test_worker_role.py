@@ -186,6 +186,30 @@ def test_who_had_the_role_does_not_take_it_back(worker: Worker, monkeypatch: pyt
     wait_for(lambda: set(others) <= set(worker.ran_by))  # there are two threads, both of which can be woken
 
 
+def test_the_role_stays_where_no_thread_can_be_started_to_take_it(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Who has it goes on with it once its request has ended, and the worker lives."""
+
+    def refused(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    added: list[Exchange] = []
+    worker.receives.append(lambda: added.append(worker.add(QUICK, is_gated=True)))
+    wait_for(lambda: bool(caplog.records))
+    turns = len(worker.waits)
+    worker.gates[added[0]].set()
+    wait_for(lambda: len(worker.waits) > turns + 3)
+    assert set(worker.io_threads[turns:]) == {worker.ran_by[added[0]]}
+    monkeypatch.undo()
+    worker.receives.append(lambda: added.append(worker.add(QUICK, is_gated=True)))
+    wait_for(lambda: len(added) == 2 and added[1] in worker.ran_by)
+    turns = len(worker.waits)
+    wait_for(lambda: len(worker.waits) > turns + 3)
+    assert worker.io_threads[-1] is not worker.ran_by[added[1]]
+
+
 def test_no_place_is_lost_while_the_role_goes_round(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many are taken for quick and are not, and end at any moment: each ends once, and two threads are idle again."""
     monkeypatch.setattr(role, "TAKE_OVER_SECONDS", 0.002)
