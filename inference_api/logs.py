@@ -167,6 +167,7 @@ class LineWriter:
     def __init__(self, fd: int) -> None:
         self.fd = fd
         self.dropped = 0
+        self._dropping = threading.RLock()  # a signal handler may log, too
         self._dropped_reported = self._dropped_taken = 0
         self._lines: deque[str] = deque()
         self._wake = threading.Event()
@@ -193,7 +194,7 @@ class LineWriter:
             if not self._wake.is_set():
                 self._wake.set()
         else:
-            self.dropped += len(lines)
+            self._drop(len(lines))
 
     def close(self) -> None:
         """Write what is left, for at most FLUSH_SECONDS."""
@@ -204,8 +205,9 @@ class LineWriter:
 
     def take_dropped(self) -> int:
         """How many lines were dropped since this was last called."""
-        dropped, self._dropped_taken = self.dropped - self._dropped_taken, self.dropped
-        return dropped
+        dropped = self.dropped  # once: it may grow at any moment
+        before, self._dropped_taken = self._dropped_taken, dropped
+        return dropped - before
 
     def _write_if_room(self, line: str) -> None:
         try:
@@ -215,7 +217,11 @@ class LineWriter:
                 raise BlockingIOError
             os.write(self.fd, line.encode("ascii"))
         except OSError:
-            self.dropped += 1
+            self._drop(1)
+
+    def _drop(self, count: int) -> None:
+        with self._dropping:
+            self.dropped += count
 
     def _run(self) -> None:
         while self._lines or not self._closing:
@@ -236,8 +242,9 @@ class LineWriter:
                 end = data.index(b"\n", begin) + 1
             is_written = self._write_whole(data[begin:end])
             begin = end
-        if is_written and self.dropped != self._dropped_reported:
-            dropped, self._dropped_reported = self.dropped - self._dropped_reported, self.dropped
+        dropped = self.dropped
+        if is_written and dropped != self._dropped_reported:
+            before, self._dropped_reported = self._dropped_reported, dropped
             self._lines.append(
                 json_line(
                     {
@@ -245,7 +252,7 @@ class LineWriter:
                         "level": "WARNING",
                         "logger": "inference_api.logs",
                         "message": "log lines dropped",
-                        "dropped": dropped,
+                        "dropped": dropped - before,
                     }
                 )
             )
@@ -256,7 +263,7 @@ class LineWriter:
             while data:
                 data = data[os.write(self.fd, data) :]
         except OSError as exc:  # the reader has gone, or the disk is full
-            self.dropped += lines.count(b"\n")
+            self._drop(lines.count(b"\n"))
             if isinstance(exc, BlockingIOError):  # somebody else has made this pipe or terminal non-blocking
                 time.sleep(GATHER_SECONDS)
             return False

@@ -3,6 +3,9 @@
 import json
 import math
 import os
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -48,6 +51,32 @@ def test_an_access_line_is_never_too_long(text: str) -> None:
     )
     assert len(line) <= MAX_LINE_BYTES
     assert json.loads(line.encode("ascii"))["status"] == 599
+
+
+def test_each_line_that_is_dropped_is_counted() -> None:
+    """By whichever thread, and whenever somebody asks."""
+    writer = LineWriter(os.open("/dev/full", os.O_WRONLY))
+    writer.start()
+    threads, lists, lines, taken = 8, 1_000, ["a\n"] * 2_000, 0
+
+    def write() -> None:
+        for number in range(lists):
+            writer.write(lines)
+            if number % 5 == 0:
+                time.sleep(0.001)  # so that the queue is not full all of the time
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            writing = [pool.submit(write) for _ in range(threads)]
+            while not all(each.done() for each in writing):
+                taken += writer.take_dropped()
+    finally:
+        sys.setswitchinterval(before)
+    writer.close()
+    os.close(writer.fd)
+    assert taken + writer.take_dropped() == threads * lists * len(lines)
 
 
 def test_lines_are_written_whole() -> None:
