@@ -58,8 +58,9 @@ class Weights:
             note("waiting", os.getpid())
         while self.weights == "waits" and not pathlib.Path(__file__).with_name("may go on").exists():
             time.sleep(0.01)
-        if self.weights == "starts processes":
-            self.process = multiprocessing.Process(target=threading.Event().wait, daemon=True)
+        if self.weights.startswith("starts processes"):
+            context = multiprocessing.get_context(self.weights.split()[-1])
+            self.process = context.Process(target=time.sleep, args=(1_000,), daemon=True)
             self.process.start()
             note("started", self.process.pid)
         if self.weights == "cold":
@@ -362,9 +363,10 @@ def test_settings_are_read_at_the_start_and_at_sighup_alone(tmp_path: Path, prel
 
 
 @pytest.mark.parametrize("preload", ["true", "false"])
-def test_processes_of_models_end_with_their_workers(tmp_path: Path, preload: str) -> None:
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_processes_of_models_end_with_their_workers(tmp_path: Path, preload: str, method: str) -> None:
     """Those of the rehearsal, too; and none of them keeps a worker from ending, or the address from being free."""
-    (tmp_path / "weights").write_text("starts processes")
+    (tmp_path / "weights").write_text(f"starts processes by {method}")
     variables = {"MODELS": "predict=models:Weights", "WEB_CONCURRENCY": "2", "PRELOAD": preload}
     with running(tmp_path, MODELS, **variables) as service:
         reload(service)
