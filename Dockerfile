@@ -1,5 +1,6 @@
 # The service and what it runs on, nothing else: `docker build -t inference-api .`
-FROM python:3.11-slim AS build
+ARG PYTHON_VERSION=3.11
+FROM python:${PYTHON_VERSION}-slim AS build
 RUN python -m venv --without-pip /venv
 COPY requirements.txt /
 # Bytecode is written here, as the root may be read-only later; checked by hash, as a copy may not keep a file's time.
@@ -10,7 +11,7 @@ COPY gunicorn.conf.py /app/
 COPY inference_api /app/inference_api
 RUN python -m compileall -q --invalidation-mode checked-hash /app/inference_api
 
-FROM python:3.11-slim
+FROM python:${PYTHON_VERSION}-slim
 LABEL org.opencontainers.image.title="Inference API" \
     org.opencontainers.image.description="A small, fast and robust HTTP service in front of a Python model"
 # A load balancer needs a few seconds to see on /health that this container is about to end.
