@@ -263,7 +263,7 @@ class LineWriter:
             while data:
                 data = data[os.write(self.fd, data) :]
         except OSError as exc:  # the reader has gone, or the disk is full
-            self._drop(lines.count(b"\n"))
+            self._drop(bytes(data).count(b"\n"))
             if isinstance(exc, BlockingIOError):  # somebody else has made this pipe or terminal non-blocking
                 time.sleep(GATHER_SECONDS)
             return False

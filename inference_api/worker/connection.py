@@ -44,7 +44,6 @@ class Connection:
         self.events = 0  # what the selector watches it for
         self.exchange: Exchange | None = None  # while it is not answered: in phase RUNNING alone
         self.output: list[memoryview] = []  # what the socket has not taken yet
-        self.unread: Exchange | None = None  # whose answer that is, once it is whole: in phase WRITING alone
         self.buffer = b""  # bytes read and not understood yet
         self.held_bytes = 0  # what it counts for among the bytes that the worker holds
         self.has_ended = False  # the client sends no more
@@ -118,6 +117,13 @@ class Connection:
         self._body = None  # the connection may linger: what has come of the body is not kept meanwhile
         known = {"REQUEST_METHOD": "", "PATH_INFO": "", **(self._environ or {})}
         return Exchange(self, known, b"", is_http11=True, keep_alive=False)
+
+    def forget(self) -> None:
+        """Let go of all that it holds, as it is closed: there may be references to it for a while."""
+        self.exchange = None  # which refers back to it
+        self.output.clear()
+        self.buffer = b""
+        self._environ = self._body = None
 
     @property
     def is_within_request(self) -> bool:

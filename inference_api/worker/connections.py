@@ -1,17 +1,24 @@
 """The open connections of a worker: what the selector watches, how many there may be, and the bytes they hold."""
 
+import fcntl
 import logging
 import selectors
 import socket
-from operator import attrgetter, itemgetter
+import sys
+import termios
+from contextlib import suppress
+from operator import itemgetter
 
 from inference_api.worker.connection import Connection, Phase
+from inference_api.worker.wsgi import Exchange
 
 MAX_HELD_BYTES = 64 * 1_048_576
 """Bytes of request bodies held in one worker; beyond it, connections that hold much are not read from."""
 MIN_PAUSED_BYTES = 65_536
 MAX_UNREAD_BYTES = 256 * 1_048_576
 """Bytes of whole answers, waiting in one worker for their clients to read them; beyond it some are given up."""
+MIN_READ_BYTES_PER_SECOND = 65_536
+"""A client that takes as much of its answer in each READ_TIMEOUT is not cut off, however long that takes."""
 
 log = logging.getLogger("inference_api.worker")
 
@@ -31,7 +38,7 @@ class Connections(set[Connection]):
         self.writable: dict[Connection, None] = {}  # that take more of their answer, in the order of their turns
         self._held_bytes = 0
         self._paused: dict[Connection, None] = {}  # that hold much: in the order in which they may go on
-        self._unread: dict[Connection, int] = {}  # bytes of their answers
+        self.unread: dict[Connection, Unread] = {}
         self._unread_bytes = 0
 
     def add(self, connection: Connection) -> None:
@@ -43,7 +50,7 @@ class Connections(set[Connection]):
         """Close its socket; to do so again changes nothing."""
         self.watch(connection, 0)
         connection.sock.close()
-        connection.exchange = None  # which refers back to it
+        connection.forget()
         self.hold(connection, 0)
         self.was_read(connection)
         self.writable.pop(connection, None)
@@ -115,26 +122,60 @@ class Connections(set[Connection]):
         if has_room:
             self._paused.clear()
 
-    def wrote(self, connection: Connection) -> None:
-        """Its answer waits for the client, until `was_read`.
-
-        Where all that wait are too large, those are closed that have been read least of late, but none whose client
-        waits for its turn.
-        """
-        # A view keeps the whole of what it shows a part of.
-        count = sum(memoryview(piece.obj).nbytes for piece in connection.output)
-        self._unread[connection] = count
-        self._unread_bytes += count
-        while self._unread_bytes > MAX_UNREAD_BYTES:
-            others = [each for each in self._unread if each is not connection and each not in self.writable]
-            if not others:
-                break
-            slowest = min(others, key=attrgetter("expires"))
-            fields = slowest.unread.log_fields if slowest.unread is not None else {}
-            log.warning("an answer is given up: unread ones hold too much memory", extra=fields)
-            self.close(slowest)
+    def wrote(self, connection: Connection, exchange: Exchange, now: float) -> None:
+        """Its answer waits for the client, until `was_read`."""
+        answer = self.unread[connection] = Unread(connection, exchange, now)
+        self._unread_bytes += answer.held_bytes
 
     def was_read(self, connection: Connection) -> None:
         """Its answer, if there was one, does not wait any more."""
-        self._unread_bytes -= self._unread.pop(connection, 0)
-        connection.unread = None
+        answer = self.unread.pop(connection, None)
+        if answer is not None:
+            self._unread_bytes -= answer.held_bytes
+
+    def give_up(self, now: float) -> None:
+        """Where those whose clients take no more of their answers hold too much, close the slowest, but for one."""
+        if self._unread_bytes <= MAX_UNREAD_BYTES:
+            return
+        stalled = {each: answer for each, answer in self.unread.items() if each not in self.writable}
+        excess = sum(answer.held_bytes for answer in stalled.values()) - MAX_UNREAD_BYTES
+        if excess <= 0:
+            return
+        *slow, _ = sorted(stalled, key=lambda each: stalled[each].bytes_per_second(each, now))
+        for connection in slow:
+            answer = stalled[connection]
+            log.warning("an answer is given up: unread ones hold too much memory", extra=answer.exchange.log_fields)
+            self.close(connection)
+            excess -= answer.held_bytes
+            if excess <= 0:
+                break
+
+
+class Unread:
+    """An answer that its client has not taken all of yet."""
+
+    __slots__ = ("_bytes", "_bytes_before", "_since", "exchange", "held_bytes")
+
+    def __init__(self, connection: Connection, exchange: Exchange, now: float) -> None:
+        self.exchange = exchange
+        # A view keeps the whole of what it shows a part of.
+        self.held_bytes = sum(memoryview(piece.obj).nbytes for piece in connection.output)
+        self._bytes = self._bytes_before = _untaken_bytes(connection)
+        self._since = now
+
+    def bytes_per_second(self, connection: Connection, now: float) -> float:
+        """How fast it has been read so far."""
+        return (self._bytes - _untaken_bytes(connection)) / max(1.0, now - self._since)
+
+    def is_read(self, connection: Connection, seconds: float) -> bool:
+        """Whether enough of it has been read in the seconds since this was last called."""
+        before, self._bytes_before = self._bytes_before, _untaken_bytes(connection)
+        return before - self._bytes_before >= MIN_READ_BYTES_PER_SECOND * seconds
+
+
+def _untaken_bytes(connection: Connection) -> int:
+    """How much has been written of what its client's side has not confirmed."""
+    count = sum(map(len, connection.output))
+    with suppress(OSError):  # the socket takes megabytes, and much of them is gone before it takes more
+        count += int.from_bytes(fcntl.ioctl(connection.sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+    return count

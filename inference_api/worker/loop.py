@@ -1,5 +1,6 @@
 """The I/O thread's duties: it owns every socket and decides what becomes of every answer."""
 
+import itertools
 import logging
 import os
 import selectors
@@ -32,9 +33,6 @@ PIECES_AT_ONCE = 128
 MIN_COUNTED_BYTES = 4_096
 TICK_SECONDS = 0.1
 HEARTBEAT_SECONDS = 0.5
-MIN_READ_BYTES_PER_SECOND = 65_536
-"""A client that takes as much of its answer is not cut off, however long that takes. Somewhat more is needed where the
-kernel holds much of an answer, as the worker sees it being taken then only now and then."""
 LINGER_SECONDS = 1.0
 IDLE_AT_CLOSE_SECONDS = 1.0
 LATE_SECONDS = 0.01
@@ -152,7 +150,7 @@ class Loop:
         outbox = self._outbox
         self._get_pool.wake()  # for what its thread has left while too many answers waited to be sent
         outbox.is_asleep = True
-        is_due = outbox.pieces or outbox.resumed or self._ready or self._connections.writable or not may_wait
+        is_due = outbox.pieces or outbox.resumed or self._ready or not may_wait
         may_sleep = not is_due and not self._journal.entries
         events = self._selector.select(max(0.0, self._next_tick - time.monotonic()) if may_sleep else 0.0)
         outbox.is_asleep = False
@@ -351,9 +349,7 @@ class Loop:
             connection.output.append(memoryview(data))
             return True
         sent = 0
-        if len(data) > LARGE_BYTES:
-            self._connections.writable.setdefault(connection)  # it waits for its turn
-        else:
+        if len(data) <= LARGE_BYTES:  # else it waits for its turn
             try:
                 sent = connection.sock.send(data)
             except BlockingIOError:
@@ -371,6 +367,7 @@ class Loop:
 
     def _write_on(self) -> None:
         """Go on with what waits for its turn: LARGE_BYTES of it in all, and to whoever has waited for longest."""
+        self._connections.give_up(self._now)
         writable, left = self._connections.writable, LARGE_BYTES
         while writable and left:
             connection = next(iter(writable))
@@ -379,15 +376,12 @@ class Loop:
                 left = self._write(connection, left)
             except Exception:
                 self._failed(connection)
-        self._count_unsent()
-
-    def _count_unsent(self) -> None:
-        """Have no more answers made than can be sent; who makes one piece by piece waits by itself."""
-        self._pool.unsent = self._get_pool.unsent = 0
-        for connection in self._connections.writable:
-            answered = connection.unread
-            if answered is not None and answered.room is None and answered.pool is not None:
-                answered.pool.unsent += 1
+        # Have no more answers made than can be sent; those that are made piece by piece wait by themselves.
+        self._pool.unsent_bytes = self._get_pool.unsent_bytes = 0
+        for connection in itertools.islice(writable, 1, None):  # behind the one whose turn is next
+            answer = self._connections.unread.get(connection)
+            if answer is not None and answer.exchange.pool is not None:
+                answer.exchange.pool.unsent_bytes += answer.held_bytes
 
     def _write(self, connection: Connection, left: int) -> int:
         """Write at most so many bytes of what its socket has not taken; returns how many of them are left."""
@@ -395,29 +389,21 @@ class Loop:
         exchange = connection.exchange
         try:
             while output and left:
-                piece = output[0][:left]
-                sent = connection.sock.send(piece)
+                sent = connection.sock.send(output[0][:left])
                 left -= sent
                 is_whole = sent == len(output[0])
                 if exchange is not None:
                     exchange.was_sent(sent, is_whole=is_whole)
-                elif connection.phase is _WRITING:
-                    longest = self._now + self._settings.read_timeout
-                    connection.expires = min(connection.expires + sent / MIN_READ_BYTES_PER_SECOND, longest)
-                if is_whole:
-                    del output[0]
-                    continue
-                output[0] = output[0][sent:]
-                if sent < len(piece):
+                if not is_whole:
+                    output[0] = output[0][sent:]
                     return left
+                del output[0]
         except BlockingIOError:
             return left
         except OSError:
             self._lost(connection)
             return left
-        if output:
-            self._connections.writable[connection] = None  # behind the others
-        else:
+        if not output:
             self._connections.watch(connection, connection.events & ~WRITE)
             if connection.phase is _WRITING:
                 self._connections.was_read(connection)
@@ -432,9 +418,7 @@ class Loop:
         if connection.output:
             connection.phase = _WRITING
             connection.expires = self._now + self._settings.read_timeout
-            connection.unread = exchange
-            self._connections.wrote(connection)
-            self._count_unsent()
+            self._connections.wrote(connection, exchange, self._now)
         else:
             self._next(connection)
 
@@ -558,7 +542,7 @@ class Loop:
 
     def _expire(self, connection: Connection) -> None:
         """A connection has been in its phase for too long."""
-        exchange = connection.exchange
+        exchange, answer = connection.exchange, self._connections.unread.get(connection)
         if connection.phase is _READING:
             self._refuse(connection, 408, f"The request took longer than {self._settings.read_timeout:g} seconds.")
         elif exchange is not None:
@@ -571,9 +555,12 @@ class Loop:
             else:
                 detail = f"The answer took longer than {self._settings.request_timeout:g} seconds."
                 self._answer(connection, exchange, 504, detail)
+        elif answer is None:
+            self._connections.close(connection)
+        elif connection in self._connections.writable or answer.is_read(connection, self._settings.read_timeout):
+            connection.expires = self._now + self._settings.read_timeout
         else:
-            if connection.unread is not None:
-                log.warning("an answer was not read in time", extra=connection.unread.log_fields)
+            log.warning("an answer was not read in time", extra=answer.exchange.log_fields)
             self._connections.close(connection)
 
     def _check_threads(self) -> None:
@@ -600,7 +587,7 @@ class Loop:
                 if connection.phase is _IDLE:
                     connection.expires = min(connection.expires, self._now + self._idle_seconds)
         if self._now >= self._lifecycle.grace_ends:
-            unanswered = [c for c in self._connections if c.exchange is not None]
+            unanswered = [c for c in self._connections if c.exchange is not None or c.output]
             if unanswered:
                 log.error("grace period over, requests lost", extra={"lost": len(unanswered)})
             for connection in list(self._connections):

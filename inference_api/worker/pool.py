@@ -13,7 +13,9 @@ from inference_api.worker.wsgi import Exchange
 LARGE_BYTES = 262_144
 """Pieces of answers that are larger are sent in turns: sockets would take megabytes, and keep all others waiting."""
 MAX_LARGE_ANSWERS = 1
-"""So many of these may wait for nothing but their turn: beyond it no thread takes a request, lest memory fill up."""
+"""So many of these may be on their way to the I/O thread: beyond it no thread takes a request, lest memory fill up."""
+MAX_UNSENT_BYTES = 16 * 1_048_576
+"""What those may hold that wait for their turn, behind the next one: the same goes for these."""
 
 log = logging.getLogger("inference_api.worker")
 
@@ -67,7 +69,7 @@ class Pool:
         self.overdue: set[Exchange] = set()  # of them, those that run past their deadline
         self.idle: list[threading.Lock] = []  # of the threads that wait for work
         self.large: set[Exchange] = set()  # of them, those that ended with a large answer
-        self.unsent = 0  # connections that would take more of their answer, were it their turn
+        self.unsent_bytes = 0  # of answers that wait for their turn, but for the next one
         self._exits: list[None] = []  # one for each thread that has been replaced, and is to end
         self.run = run
 
@@ -84,7 +86,7 @@ class Pool:
     @property
     def is_full(self) -> bool:
         """Whether large answers are made faster than they are sent."""
-        return len(self.large) + self.unsent > MAX_LARGE_ANSWERS
+        return len(self.large) > MAX_LARGE_ANSWERS or self.unsent_bytes > MAX_UNSENT_BYTES
 
     @property
     def useful_threads(self) -> int:

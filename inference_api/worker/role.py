@@ -75,8 +75,9 @@ class Role:
     def _live(self, lock: threading.Lock) -> None:
         if not lock.acquire(blocking=False):  # the request that was slow has ended
             return
-        self._lock = threading.Lock()
-        self._lock.acquire()
+        lock = threading.Lock()
+        lock.acquire()
+        self._lock = lock
         has_role = True
         try:
             has_role = self._fulfil()
@@ -96,7 +97,7 @@ class Role:
             if not has_quick:
                 self._pool.wake()  # also for what this thread has left to itself, and what is not quick any more
             self._loop.receive(may_wait=not has_quick)
-            if (self._pool.jobs or self._resumed) and not self._work():
+            if (self._pool.jobs or self._resumed) and not self._pool.is_full and not self._work():
                 return False
             self._loop.respond()
         return True

@@ -1,5 +1,6 @@
 """Log lines by themselves: whatever is logged, a line is one JSON object that fits an atomic write."""
 
+import errno
 import json
 import math
 import os
@@ -77,6 +78,27 @@ def test_each_line_that_is_dropped_is_counted() -> None:
     writer.close()
     os.close(writer.fd)
     assert taken + writer.take_dropped() == threads * lists * len(lines)
+
+
+def test_of_a_write_that_breaks_off_the_rest_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has been written is not counted; the line in the middle of which it breaks off is."""
+    written: list[bytes] = []
+
+    def write(_: int, data: memoryview) -> int:
+        if written:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written.append(bytes(data[:7]))
+        return 7
+
+    writer = LineWriter(os.open(os.devnull, os.O_WRONLY))
+    writer.start()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", write)
+        writer.write(["a\n"] * 10)
+        writer.close()
+    os.close(writer.fd)
+    assert written == [b"a\na\na\na"]
+    assert writer.take_dropped() == 7
 
 
 def test_lines_are_written_whole() -> None:

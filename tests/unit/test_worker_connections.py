@@ -17,6 +17,7 @@ from inference_api.worker.connections import (
     Connections,
 )
 from inference_api.worker.http import RequestParser
+from tests.unit.exchanges import exchange
 
 NOW = 1000.0
 
@@ -38,6 +39,12 @@ class Opened:
         self.connections.add(connection)
         self.clients[connection] = theirs
         return connection
+
+    def write(self, connection: Connection, *pieces: memoryview, now: float = 0.0) -> None:
+        """Have these pieces of an answer wait for the client."""
+        connection.output = list(pieces)
+        self.connections.wrote(connection, exchange(), now)
+        self.connections.give_up(now)
 
     def is_read_from(self, connection: Connection) -> bool:
         """Whether the selector says so when something comes."""
@@ -148,44 +155,58 @@ def test_who_holds_little_never_pauses(opened: Opened) -> None:
     assert opened.is_read_from(small)
 
 
-def test_the_oldest_unread_answers_are_given_up_for_others(opened: Opened, caplog: pytest.LogCaptureFixture) -> None:
-    """They may hold so many bytes in all, what has been sent of them included; the newest always stays."""
+def test_unread_answers_are_given_up_for_others(opened: Opened, caplog: pytest.LogCaptureFixture) -> None:
+    """They may hold so many bytes in all, what has been sent of them included; one always stays."""
     answer = memoryview(bytes(MAX_UNREAD_BYTES // 2))
     oldest, read, newest = (opened.add(phase=Phase.WRITING) for _ in range(3))
     for connection in (oldest, read):
-        connection.output = [answer[-1:]]
-        opened.connections.wrote(connection)
+        opened.write(connection, answer[-1:])
     opened.connections.was_read(read)
-    opened.connections.wrote(read)
+    opened.write(read, answer[-1:])
     assert set(opened.connections) == {oldest, read, newest}
-    newest.output = [answer, answer, answer]
-    opened.connections.wrote(newest)
+    opened.write(newest, answer, answer, answer)
     assert set(opened.connections) == {newest}
     assert [opened.clients[connection].recv(1) for connection in (oldest, read)] == [b"", b""]
-    assert len(caplog.records) == 2
+    assert [(record.__dict__["path"], record.levelname) for record in caplog.records] == [("/", "WARNING")] * 2
     opened.connections.close(newest)
     after = opened.add(phase=Phase.WRITING)
-    after.output = [answer, answer]
-    opened.connections.wrote(after)
+    opened.write(after, answer, answer)
     assert after in opened.connections
 
 
-def test_given_up_is_the_answer_that_is_read_least(opened: Opened) -> None:
-    """Its deadline is the nearest; none whose client waits for its turn is given up, if all of them do."""
-    answer = memoryview(bytes(MAX_UNREAD_BYTES // 2))
-    steady, slow, waiting = (opened.add(phase=Phase.WRITING) for _ in range(3))
-    steady.expires, slow.expires = 2.0, 1.0
+def test_given_up_is_what_is_read_most_slowly(opened: Opened) -> None:
+    """For all of its life so far; what only waits for its turn is not, and does not count."""
+    answer = memoryview(bytes(MAX_UNREAD_BYTES // 4))
+    slow, steady, waiting, stalled = (opened.add(phase=Phase.WRITING) for _ in range(4))
     opened.connections.writable[waiting] = None
-    for connection in (steady, waiting, slow):
-        connection.output = [answer]
-        opened.connections.wrote(connection)
-    assert set(opened.connections) == {waiting, slow}, "the newest is not given up"
-    slow.output = []
-    opened.connections.was_read(slow)
-    opened.connections.writable[slow] = None
-    slow.output = [answer, answer]
-    opened.connections.wrote(slow)
-    assert set(opened.connections) == {waiting, slow}
+    opened.write(waiting, answer, answer, answer, answer, answer)
+    for connection, began, count in ((slow, 0.0, 600), (steady, 0.0, 900), (stalled, 5.0, 500)):
+        connection.sock.send(bytes(1_000))
+        opened.write(connection, answer, now=began)
+        opened.clients[connection].recv(count)
+    for pieces, given_up in enumerate((slow, steady, stalled), 2):
+        before = set(opened.connections)
+        new = opened.add(phase=Phase.WRITING)
+        new.sock.send(bytes(2_000))
+        opened.write(new, *[answer] * pieces, now=9.0)
+        opened.clients[new].recv(2_000)
+        opened.connections.give_up(10.0)
+        assert before - opened.connections == {given_up}
+        opened.connections.close(new)
+    assert set(opened.connections) == {waiting}
+
+
+def test_who_is_closed_holds_nothing(opened: Opened) -> None:
+    """There may still be references to it, as to one that has been idle before."""
+    connection = opened.add(since=-1.0)
+    assert opened.connections.evict(0.0)
+    closed = opened.add(phase=Phase.WRITING)
+    closed.buffer = b"GET"
+    opened.write(closed, memoryview(bytes(9)))
+    for each in (connection, closed):
+        opened.connections.close(each)
+        assert (each.output, each.buffer, each.exchange) == ([], b"", None)
+    assert not opened.connections.unread
 
 
 def test_who_is_closed_before_its_turn_has_none(opened: Opened) -> None:

@@ -12,17 +12,22 @@ from inference_api.config import Settings
 from inference_api.logs import LineWriter
 from inference_api.metrics import Metrics
 from inference_api.worker.connection import Connection
+from inference_api.worker.connections import MIN_READ_BYTES_PER_SECOND
 from inference_api.worker.http import RequestParser
-from inference_api.worker.loop import MIN_READ_BYTES_PER_SECOND, Loop
+from inference_api.worker.loop import Loop
 from inference_api.worker.pool import LARGE_BYTES
 
 ANSWER_BYTES = 10 * LARGE_BYTES
+STREAM_BYTES = 3 * LARGE_BYTES  # which does not make the application wait
 REQUEST = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n"
 SMALL_REQUEST = REQUEST.replace(b" / ", b" /small ")
 
 
 def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
     body = b"a" if environ["PATH_INFO"] == "/small" else b"a" * ANSWER_BYTES
+    if environ["PATH_INFO"] == "/stream":
+        start_response("200 OK", [])
+        return iter([b"a" * STREAM_BYTES])
     start_response("200 OK", [("Content-Length", str(len(body)))])
     return [body]
 
@@ -93,8 +98,9 @@ def test_large_answers_are_sent_in_turns(turns: Turns) -> None:
         assert sum(map(bool, turns.received)) <= begun + 1
 
 
-def test_large_answers_get_on_alike(turns: Turns) -> None:
+def test_large_answers_get_on_alike(turns: Turns, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each has its turn after the others, and as long as several wait for theirs no more are made."""
+    monkeypatch.setattr("inference_api.worker.pool.MAX_UNSENT_BYTES", ANSWER_BYTES // 2)
     pool = turns.loop._pool
     pool.size = 3
     for client in turns.clients:
@@ -121,19 +127,61 @@ def test_small_answers_do_not_wait_for_large_ones(turns: Turns) -> None:
 
 
 def test_reading_on_puts_the_deadline_off(turns: Turns) -> None:
-    """By what is read, and never to more than READ_TIMEOUT from now."""
-    read_timeout = turns.loop._settings.read_timeout
+    """Only what is read fast enough, and what waits for its turn, is not given up where its time is over."""
+    loop = turns.loop
+    read_timeout = loop._settings.read_timeout
     turns.clients[0].sendall(REQUEST)
-    while not turns.received[0]:
+    while turns.received[0] < MIN_READ_BYTES_PER_SECOND * read_timeout:
         turns.take()
-    (connection,) = (each for each in turns.loop._connections if each.unread is not None)
-    assert connection.expires == turns.loop._now + read_timeout
-    connection.expires = turns.loop._now + 0.5
-    before, received = connection.expires, turns.received[0]
-    while turns.received[0] == received:
+    (connection,) = loop._connections.unread
+    assert loop._now < connection.expires <= loop._now + read_timeout
+
+    def expire() -> None:
+        connection.expires = loop._next_tick = 0.0
+        loop.respond()
+
+    expire()  # it has been read
+    assert connection.expires == loop._now + read_timeout
+    loop._connections.writable[connection] = None
+    expire()  # it has not, but that is not the client's fault
+    assert connection.expires == loop._now + read_timeout
+    loop._connections.writable.clear()
+    expire()
+    assert connection not in loop._connections
+
+
+def test_an_answer_ends_the_wait_for_its_client(turns: Turns) -> None:
+    """Nothing of it is kept once it has been read, and the connection serves on."""
+    for _ in range(2):
+        turns.clients[0].sendall(REQUEST)
+        begun = turns.received[0]
+        while turns.received[0] - begun < ANSWER_BYTES or turns.loop._connections.unread:
+            turns.take()
+    assert (turns.loop._pool.unsent_bytes, turns.loop._connections._unread_bytes) == (0, 0)
+
+
+def test_the_last_of_a_stream_waits_like_other_answers(turns: Turns, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As nobody in the application waits for it any more."""
+    monkeypatch.setattr("inference_api.worker.pool.MAX_UNSENT_BYTES", STREAM_BYTES // 2)
+    pool = turns.loop._pool
+    pool.size = 3
+    for client in turns.clients:
+        client.sendall(REQUEST.replace(b" / ", b" /stream "))
+    was_full = []
+    while min(turns.received) < STREAM_BYTES or turns.loop._connections.unread:
         turns.take()
-    seconds = LARGE_BYTES / MIN_READ_BYTES_PER_SECOND
-    assert before + seconds / 2 < connection.expires <= before + 2 * seconds < turns.loop._now + read_timeout
-    while connection.unread is not None:
+        was_full.append(pool.is_full)
+    assert any(was_full)
+    assert not pool.is_full
+
+
+def test_what_is_still_being_read_at_the_end_is_lost_audibly(turns: Turns, caplog: pytest.LogCaptureFixture) -> None:
+    """Of the clients that have been answered, those that have not got all of it count, too."""
+    turns.clients[0].sendall(REQUEST)
+    turns.clients[1].sendall(SMALL_REQUEST)
+    while not all(turns.received[:2]):
         turns.take()
-    assert turns.received[0] > ANSWER_BYTES
+    turns.loop._lifecycle.grace_ends = 0.0
+    turns.loop._advance_end()
+    assert not turns.loop._connections
+    assert [record.__dict__["lost"] for record in caplog.records] == [1]

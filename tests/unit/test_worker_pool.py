@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from inference_api.worker.pool import LARGE_BYTES, MAX_LARGE_ANSWERS, Outbox, Pool
+from inference_api.worker.pool import LARGE_BYTES, MAX_LARGE_ANSWERS, MAX_UNSENT_BYTES, Outbox, Pool
 from inference_api.worker.wsgi import Exchange
 from tests.unit.exchanges import LIMIT_SECONDS, exchange, wait_for
 
@@ -144,7 +144,7 @@ def test_nothing_is_begun_while_answers_are_made_too_fast(runs: Runs, is_taken: 
         answered.pool = pool
         outbox.deliver(answered, b"a" * (LARGE_BYTES + 1), True)
     if is_taken:
-        pool.unsent = len(pool.large)
+        pool.unsent_bytes = MAX_UNSENT_BYTES + 1
         pool.large.clear()
     assert (pool.is_full, other.is_full) == (True, False)
     pool.submit(exchange())
@@ -154,7 +154,7 @@ def test_nothing_is_begun_while_answers_are_made_too_fast(runs: Runs, is_taken: 
     wait_for(lambda: bool(pool.idle))
     assert not runs.started
     if is_taken:
-        pool.unsent -= 1
+        pool.unsent_bytes -= 1
     else:
         pool.large.pop()
     pool.wake()

@@ -11,7 +11,7 @@ import pytest
 from inference_api.worker import role
 from inference_api.worker.admission import Admission
 from inference_api.worker.loop import Loop
-from inference_api.worker.pool import Outbox, Pool
+from inference_api.worker.pool import MAX_UNSENT_BYTES, Outbox, Pool
 from inference_api.worker.role import Role
 from inference_api.worker.wsgi import Exchange
 from tests.unit.exchanges import LIMIT_SECONDS, exchange, wait_for
@@ -145,6 +145,19 @@ def test_what_was_left_for_being_quick_is_not_forgotten_when_it_no_longer_is(
     worker.receives.extend([lambda: added.extend(worker.add(QUICK) for _ in range(3)), look])
     wait_for(lambda: bool(seen))
     assert seen == [(0, [True])]
+
+
+def test_nothing_quick_is_run_while_answers_are_made_too_fast(worker: Worker) -> None:
+    """It waits like the others until there is room for its answer."""
+    worker.pool.unsent_bytes = MAX_UNSENT_BYTES + 1
+    added: list[Exchange] = []
+    worker.receives.append(lambda: added.append(worker.add(QUICK)))
+    wait_for(lambda: bool(added))
+    turns = len(worker.waits)
+    wait_for(lambda: len(worker.waits) > turns + 3)
+    assert not worker.ran_by.keys() & set(added)
+    worker.pool.unsent_bytes = 0
+    wait_for(lambda: added[0] in worker.ended)
 
 
 def test_no_more_run_at_once_than_there_are_threads_when_one_is_not_quick(worker: Worker) -> None:
