@@ -157,10 +157,10 @@ def busy(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[Servi
         assert traffic.lost == []
 
 
-def wait_until_all_serve(service: Service, workers: int) -> None:
-    """While the first one serves, others may still answer that they start."""
+def wait_until_all_serve(service: Service, warmed_up: int) -> None:
+    """So many workers have warmed up by now. While the first one serves, others may still answer that they start."""
     warm = service.folder / "warm"
-    wait_for(lambda: len(warm.read_text().split()) >= workers, WAIT_SECONDS)
+    wait_for(lambda: len(warm.read_text().split()) >= warmed_up, WAIT_SECONDS)
     wait_for(lambda: {service.get("/health").status for _ in range(32)} == {200}, WAIT_SECONDS)
 
 
@@ -357,8 +357,7 @@ def test_settings_are_read_at_the_start_and_at_sighup_alone(tmp_path: Path, prel
         (tmp_path / ".env").write_text("MODELS=other=models:Weights")
         for worker in service.workers():
             os.kill(worker, signal.SIGKILL)
-        wait_for(lambda: len((tmp_path / "warm").read_text().split()) == 4, WAIT_SECONDS)
-        wait_for(lambda: service.get("/health").status == 200, WAIT_SECONDS)
+        wait_until_all_serve(service, 4)
         assert {served(service) for _ in range(16)} == {"first"}
 
 
