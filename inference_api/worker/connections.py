@@ -20,6 +20,11 @@ MAX_UNREAD_BYTES = 256 * 1_048_576
 MIN_READ_BYTES_PER_SECOND = 65_536
 """A client that takes as much of its answer in each READ_TIMEOUT is not cut off, however long that takes."""
 
+LOOK_SECONDS = 1.0
+"""How fast an answer is read is looked at for so long: before, nobody can tell."""
+YOUNG_BYTES_PER_SECOND = 2.0 * MIN_READ_BYTES_PER_SECOND
+"""What is believed until then."""
+
 log = logging.getLogger("inference_api.worker")
 
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
@@ -154,23 +159,29 @@ class Connections(set[Connection]):
 class Unread:
     """An answer that its client has not taken all of yet."""
 
-    __slots__ = ("_bytes", "_bytes_before", "_since", "exchange", "held_bytes")
+    __slots__ = ("_bytes_at_check", "_bytes_at_look", "_bytes_per_second", "_looked", "exchange", "held_bytes")
 
     def __init__(self, connection: Connection, exchange: Exchange, now: float) -> None:
         self.exchange = exchange
         # A view keeps the whole of what it shows a part of.
         self.held_bytes = sum(memoryview(piece.obj).nbytes for piece in connection.output)
-        self._bytes = self._bytes_before = _untaken_bytes(connection)
-        self._since = now
+        self._bytes_at_check = self._bytes_at_look = _untaken_bytes(connection)
+        self._looked = now
+        self._bytes_per_second = YOUNG_BYTES_PER_SECOND
 
     def bytes_per_second(self, connection: Connection, now: float) -> float:
-        """How fast it has been read so far."""
-        return (self._bytes - _untaken_bytes(connection)) / max(1.0, now - self._since)
+        """How fast it has been read of late."""
+        seconds = now - self._looked
+        if seconds >= LOOK_SECONDS:
+            before, self._bytes_at_look = self._bytes_at_look, _untaken_bytes(connection)
+            self._bytes_per_second = (before - self._bytes_at_look) / seconds
+            self._looked = now
+        return self._bytes_per_second
 
     def is_read(self, connection: Connection, seconds: float) -> bool:
         """Whether enough of it has been read in the seconds since this was last called."""
-        before, self._bytes_before = self._bytes_before, _untaken_bytes(connection)
-        return before - self._bytes_before >= MIN_READ_BYTES_PER_SECOND * seconds
+        before, self._bytes_at_check = self._bytes_at_check, _untaken_bytes(connection)
+        return before - self._bytes_at_check >= MIN_READ_BYTES_PER_SECOND * seconds
 
 
 def _untaken_bytes(connection: Connection) -> int:

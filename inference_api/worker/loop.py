@@ -367,7 +367,8 @@ class Loop:
 
     def _write_on(self) -> None:
         """Go on with what waits for its turn: LARGE_BYTES of it in all, and to whoever has waited for longest."""
-        self._connections.give_up(self._now)
+        if self._now >= self._next_tick:  # here, where it has just been asked who takes more
+            self._connections.give_up(self._now)
         writable, left = self._connections.writable, LARGE_BYTES
         while writable and left:
             connection = next(iter(writable))
@@ -415,6 +416,8 @@ class Loop:
         self._journal.record(exchange, self._now)
         connection.exchange = None
         connection.must_close = not exchange.keep_alive
+        if connection.held_bytes:
+            self._connections.hold(connection, 0)
         if connection.output:
             connection.phase = _WRITING
             connection.expires = self._now + self._settings.read_timeout
@@ -424,8 +427,6 @@ class Loop:
 
     def _next(self, connection: Connection) -> None:
         """An answer is out: turn to the next request, or end the connection."""
-        if connection.held_bytes:
-            self._connections.hold(connection, 0)
         if connection.must_close:
             self._linger(connection)
             return

@@ -14,6 +14,7 @@ from inference_api.worker.connections import (
     MIN_PAUSED_BYTES,
     READ,
     WRITE,
+    YOUNG_BYTES_PER_SECOND,
     Connections,
 )
 from inference_api.worker.http import RequestParser
@@ -194,6 +195,22 @@ def test_given_up_is_what_is_read_most_slowly(opened: Opened) -> None:
         assert before - opened.connections == {given_up}
         opened.connections.close(new)
     assert set(opened.connections) == {waiting}
+
+
+def test_what_is_young_is_not_taken_for_slow(opened: Opened) -> None:
+    """Nobody knows yet how fast it is read; and what was read fast at first may be slow of late."""
+    answer = memoryview(bytes(MAX_UNREAD_BYTES // 2))
+    stalled, young = opened.add(phase=Phase.WRITING), opened.add(phase=Phase.WRITING)
+    opened.write(stalled, memoryview(bytes(20_000_000)), now=0.0)
+    stalled.output = []
+    reading = opened.connections.unread[stalled]
+    assert [reading.bytes_per_second(stalled, now) for now in (0.5, 10.0, 10.5, 11.0)] == [
+        YOUNG_BYTES_PER_SECOND, 2_000_000, 2_000_000, 0.0
+    ]  # fmt: skip
+    opened.write(young, answer, now=11.5)
+    opened.write(opened.add(phase=Phase.WRITING), answer, now=12.0)
+    assert stalled not in opened.connections
+    assert young in opened.connections
 
 
 def test_who_is_closed_holds_nothing(opened: Opened) -> None:

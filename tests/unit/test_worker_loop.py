@@ -18,6 +18,7 @@ from inference_api.worker.loop import Loop
 from inference_api.worker.pool import LARGE_BYTES
 
 ANSWER_BYTES = 10 * LARGE_BYTES
+BODY_BYTES = 10_000
 STREAM_BYTES = 3 * LARGE_BYTES  # which does not make the application wait
 REQUEST = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n"
 SMALL_REQUEST = REQUEST.replace(b" / ", b" /small ")
@@ -41,7 +42,7 @@ class Turns:
         readable, writable = os.pipe()
         stack.callback(os.close, readable)
         stack.callback(os.close, writable)
-        parser = RequestParser(max_line_bytes=0, max_fields=100, max_field_bytes=0, max_body_bytes=1)
+        parser = RequestParser(max_line_bytes=0, max_fields=100, max_field_bytes=0, max_body_bytes=BODY_BYTES)
         self.loop = Loop(
             listeners=[listener],
             application=application,
@@ -158,6 +159,16 @@ def test_an_answer_ends_the_wait_for_its_client(turns: Turns) -> None:
         while turns.received[0] - begun < ANSWER_BYTES or turns.loop._connections.unread:
             turns.take()
     assert (turns.loop._pool.unsent_bytes, turns.loop._connections._unread_bytes) == (0, 0)
+
+
+def test_a_body_is_not_held_while_its_answer_is_read(turns: Turns) -> None:
+    """It is gone by then, and would keep other bodies from being read."""
+    body = b"a" * BODY_BYTES
+    turns.clients[0].sendall(REQUEST.replace(b"Length: 0", b"Length: %d" % len(body)) + body)
+    while not turns.received[0]:
+        turns.take()
+    assert turns.loop._connections.unread
+    assert turns.loop._connections._held_bytes == 0
 
 
 def test_the_last_of_a_stream_waits_like_other_answers(turns: Turns, monkeypatch: pytest.MonkeyPatch) -> None:
