@@ -19,7 +19,6 @@ MAX_UNREAD_BYTES = 256 * 1_048_576
 """Bytes of whole answers, waiting in one worker for their clients to read them; beyond it some are given up."""
 MIN_READ_BYTES_PER_SECOND = 65_536
 """A client that takes as much of its answer in each READ_TIMEOUT is not cut off, however long that takes."""
-
 LOOK_SECONDS = 1.0
 """How fast an answer is read is looked at for so long: before, nobody can tell."""
 YOUNG_BYTES_PER_SECOND = 2.0 * MIN_READ_BYTES_PER_SECOND
@@ -43,7 +42,7 @@ class Connections(set[Connection]):
         self.writable: dict[Connection, None] = {}  # that take more of their answer, in the order of their turns
         self._held_bytes = 0
         self._paused: dict[Connection, None] = {}  # that hold much: in the order in which they may go on
-        self.unread: dict[Connection, Unread] = {}
+        self.unread: dict[Connection, Unread] = {}  # their answers, once these are whole, until they have been read
         self._unread_bytes = 0
 
     def add(self, connection: Connection) -> None:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from inference_api.batching import MAX_GATHER_SECONDS, Batcher, Caller, Direct, Gathering
 from inference_api.logs import serving
 from inference_api.model import AbandonedError, InferenceError, UnfitInputError
+from tests.unit.exchanges import refuse_thread
 
 LIMIT_SECONDS = 60.0
 STRESS_INPUTS = 100_000
@@ -356,11 +357,8 @@ def test_where_no_thread_can_be_started_a_call_fails_and_the_next_one_tries_agai
     model = Poisoned()
     batcher = batcher_of(model, Planned(4))
 
-    def refuse(_thread: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
     with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", refuse)
+        patch.setattr(threading.Thread, "start", refuse_thread)
         with pytest.raises(InferenceError, match="can't start new thread"):
             batcher.predict([1], never)
     assert batcher.predict([2], never) == [-2]

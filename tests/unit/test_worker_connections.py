@@ -176,7 +176,7 @@ def test_unread_answers_are_given_up_for_others(opened: Opened, caplog: pytest.L
 
 
 def test_given_up_is_what_is_read_most_slowly(opened: Opened) -> None:
-    """For all of its life so far; what only waits for its turn is not, and does not count."""
+    """Since somebody last looked; what only waits for its turn is not, and does not count."""
     answer = memoryview(bytes(MAX_UNREAD_BYTES // 4))
     slow, steady, waiting, stalled = (opened.add(phase=Phase.WRITING) for _ in range(4))
     opened.connections.writable[waiting] = None

@@ -9,7 +9,7 @@ import pytest
 
 from inference_api.worker.pool import LARGE_BYTES, MAX_LARGE_ANSWERS, MAX_UNSENT_BYTES, Outbox, Pool
 from inference_api.worker.wsgi import Exchange
-from tests.unit.exchanges import LIMIT_SECONDS, exchange, wait_for
+from tests.unit.exchanges import LIMIT_SECONDS, exchange, refuse_thread, wait_for
 
 NO_FD = -1  # nobody sleeps
 
@@ -177,11 +177,8 @@ def test_a_pool_that_cannot_grow_serves_with_the_threads_it_has(
     pool = Pool("growing", runs)
     pool.grow(1)
 
-    def refused(_: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
     with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", refused)
+        patch.setattr(threading.Thread, "start", refuse_thread)
         pool.grow(3)
     assert pool.size == 1
     assert [record.getMessage() for record in caplog.records] == ["only 1 of 3 threads serve: can't start new thread"]

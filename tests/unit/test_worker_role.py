@@ -14,7 +14,7 @@ from inference_api.worker.loop import Loop
 from inference_api.worker.pool import MAX_UNSENT_BYTES, Outbox, Pool
 from inference_api.worker.role import Role
 from inference_api.worker.wsgi import Exchange
-from tests.unit.exchanges import LIMIT_SECONDS, exchange, wait_for
+from tests.unit.exchanges import LIMIT_SECONDS, exchange, refuse_thread, wait_for
 
 NO_FD = -1  # nobody sleeps
 QUICK, ALSO_QUICK, SLOW, LATER = "/quick", "/also-quick", "/slow", "/later"
@@ -204,10 +204,7 @@ def test_the_role_stays_where_no_thread_can_be_started_to_take_it(
 ) -> None:
     """Who has it goes on with it once its request has ended, and the worker lives."""
 
-    def refused(_: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
-    monkeypatch.setattr(threading.Thread, "start", refused)
+    monkeypatch.setattr(threading.Thread, "start", refuse_thread)
     added: list[Exchange] = []
     worker.receives.append(lambda: added.append(worker.add(QUICK, is_gated=True)))
     wait_for(lambda: bool(caplog.records))
