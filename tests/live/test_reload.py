@@ -141,6 +141,7 @@ class Traffic:
 def service(tmp_path: Path) -> Iterator[Service]:
     (tmp_path / "weights").write_text("first")
     with running(tmp_path, MODELS, MODELS="predict=models:Weights", WEB_CONCURRENCY="2", ACCESS_LOG="off") as service:
+        wait_until_all_serve(service, 2)
         yield service
 
 
