@@ -163,6 +163,17 @@ class Service:
     def access_lines(self) -> list[dict[str, Any]]:
         return [line for line in self.log() if line["logger"] == "inference_api.access"]
 
+    def settled_log(self) -> list[dict[str, Any]]:
+        """The lines of all that has been before: a worker's are in order, and here is but one."""
+        last = f"last-{time.monotonic_ns()}"
+        self.request("GET", "/health", headers={"X-Request-ID": last})
+
+        def ends() -> list[int]:
+            return [at for at, line in enumerate(self.log()) if line.get("request_id") == last]
+
+        wait_for(lambda: bool(ends()), WAIT_SECONDS, lambda: self.output)
+        return self.log()[: ends()[0]]
+
     def metrics(self) -> dict[str, float]:
         """One scrape: name and labels → value, without the common prefix of the names."""
         answer = self.get("/metrics")

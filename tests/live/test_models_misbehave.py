@@ -168,8 +168,12 @@ def test_a_prediction_past_its_deadline_is_answered_504(service: Service) -> Non
     service.wait_for_metric("threads_stuck", 0)
     client.close()
     request_id = answer.json["request_id"]
-    lines = [line for line in service.access_lines() if line["request_id"] == request_id]
-    assert [line["status"] for line in lines] == [504]
+
+    def statuses() -> list[int]:
+        return [line["status"] for line in service.access_lines() if line["request_id"] == request_id]
+
+    wait_for(lambda: bool(statuses()), LIMIT_SECONDS)
+    assert statuses() == [504]
     assert service.metrics()["requests_timed_out_total"] == 1
 
 
