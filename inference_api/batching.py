@@ -103,27 +103,24 @@ class Gathering:
 class Call:
     """What one request asks of a model that batches: its inputs, and in time their outputs."""
 
-    __slots__ = ("_failure", "_has_begun", "_left", "_outputs", "_submit", "_tell", "caller", "environ", "inputs")
+    __slots__ = ("_failure", "_outputs", "_submit", "_tell", "caller", "environ", "inputs", "missing")
 
     def __init__(self, inputs: Sequence[Any], caller: Caller, submit: "Callable[[Call], None]") -> None:
         self.inputs = inputs
         self.caller = caller
         self.environ = serving.environ  # of the request, for lines that its model logs
         self._submit = submit
-        self._has_begun = False
         self._outputs: list[Any] = [None] * len(inputs)
-        self._left = len(inputs)  # inputs that an output is still to come for
+        self.missing = len(inputs)  # outputs that are still to come
         self._failure: Exception | None = None
         self._tell: Callable[[], None] | None = None
 
     def begin(self, tell: Callable[[], None]) -> None:
         """Have the model called; `tell` is called, in another thread, once there is a result."""
         self._tell = tell
-        self._has_begun = self.caller.is_waiting = True
         try:
             self._submit(self)
         except RuntimeError as exc:  # no more threads can be started
-            self.caller.is_waiting = False
             self.fail(InferenceError(str(exc)))
             self.settle()
 
@@ -132,7 +129,7 @@ class Call:
 
         Raises UnfitInputError, InferenceError or AbandonedError.
         """
-        if not self._has_begun:
+        if self.missing:
             settled = threading.Lock()
             settled.acquire()
             self.begin(settled.release)
@@ -147,19 +144,14 @@ class Call:
 
     # What follows is for the batcher.
 
-    @property
-    def is_done(self) -> bool:
-        """Whether nothing has to be predicted for it any more."""
-        return not self._left
-
     def put(self, index: int, output: Any) -> None:
         self._outputs[index] = output
-        self._left -= 1
+        self.missing -= 1
 
     def fail(self, failure: Exception) -> None:
         """The first input that fails fails the others of its array, too."""
         self._failure = failure
-        self._left = 0
+        self.missing = 0
 
     def settle(self) -> None:
         """Let whoever waits go on."""
@@ -197,13 +189,14 @@ class Batcher:
 
     def predict(self, inputs: Sequence[Any], caller: Caller) -> list[Any]:
         """One output for each input, in order; raises UnfitInputError, InferenceError or AbandonedError."""
-        return self.call(inputs, caller).result() if inputs else []
+        return self.call(inputs, caller).result()
 
     def _submit(self, call: Call) -> None:
         with self._lock:
             if not self._has_thread:
                 threading.Thread(target=self._serve, name="batcher", daemon=True).start()
                 self._has_thread = True
+            call.caller.is_waiting = True
             self._waiting.extend([(call, index) for index in range(len(call.inputs))])
             if 0 < self._enough <= len(self._waiting):
                 self._enough = 0
@@ -251,7 +244,7 @@ class Batcher:
             raise
         finally:
             serving.environ = None
-            for call in [*gone, *(call for call in calls if call.is_done)]:
+            for call in [*gone, *(call for call in calls if not call.missing)]:
                 call.settle()
 
     def _take(self) -> tuple[list[tuple[Call, int]], list[Call]]:
@@ -262,13 +255,13 @@ class Batcher:
         with self._lock:
             while self._waiting and len(batch) < self._gathering.max_batch_size:
                 call, index = self._waiting.popleft()
-                if call is not last and not call.is_done:
+                if call is not last and call.missing:
                     call.caller.is_waiting = False
                     if call.caller.abandoned:
                         call.fail(AbandonedError())
                         gone.append(call)
                 last = call
-                if not call.is_done:
+                if call.missing:
                     batch.append((call, index))
         return batch, gone
 
@@ -294,7 +287,7 @@ class Batcher:
                 call.put(index, output)
 
     def _run_alone(self, call: Call, index: int) -> None:
-        if call.is_done:
+        if not call.missing:  # an input before it has failed
             return
         serving.environ = call.environ
         try:
