@@ -103,7 +103,7 @@ class Gathering:
 class Call:
     """What one request asks of a model that batches: its inputs, and in time their outputs."""
 
-    __slots__ = ("_failure", "_outputs", "_submit", "_tell", "caller", "environ", "inputs", "missing")
+    __slots__ = ("_failure", "_outputs", "_submit", "caller", "environ", "inputs", "missing", "tell")
 
     def __init__(self, inputs: Sequence[Any], caller: Caller, submit: "Callable[[Call], None]") -> None:
         self.inputs = inputs
@@ -113,16 +113,15 @@ class Call:
         self._outputs: list[Any] = [None] * len(inputs)
         self.missing = len(inputs)  # outputs that are still to come
         self._failure: Exception | None = None
-        self._tell: Callable[[], None] | None = None
 
     def begin(self, tell: Callable[[], None]) -> None:
         """Have the model called; `tell` is called, in another thread, once there is a result."""
-        self._tell = tell
+        self.tell = tell
         try:
             self._submit(self)
         except RuntimeError as exc:  # no more threads can be started
             self.fail(InferenceError(str(exc)))
-            self.settle()
+            tell()
 
     def result(self) -> list[Any]:
         """One output for each input, in order; to be called once. Where the call has not begun, this waits for it.
@@ -153,12 +152,6 @@ class Call:
         self._failure = failure
         self.missing = 0
 
-    def settle(self) -> None:
-        """Let whoever waits go on."""
-        tell, self._tell = self._tell, None  # which may refer to what refers to this call
-        if tell is not None:
-            tell()
-
 
 class Batcher:
     """Makes concurrent calls cost a model as little as one: what has come while a batch ran is the next batch.
@@ -177,8 +170,8 @@ class Batcher:
         self._predict = predict
         self._gathering = gathering
         self._observe = observe
-        self._lock = threading.Lock()  # holds for what follows
         self._waiting: deque[tuple[Call, int]] = deque()  # inputs by their call and their place in it
+        self._lock = threading.Lock()  # holds for what follows, and while the queue grows
         self._has_thread = False
         self._enough = 0  # how many inputs the thread waits for; 0 where it does not
         self._gathered = threading.Condition(self._lock)
@@ -212,8 +205,7 @@ class Batcher:
 
     def _gather(self) -> None:
         """Wait until a batch should begin."""
-        if not self._waiting:
-            self._wait(1, None)
+        self._wait(1, None)
         before = len(self._waiting)
         enough, seconds = self._gathering.plan(before)
         if seconds:
@@ -227,43 +219,45 @@ class Batcher:
             self._enough = 0
 
     def _work(self) -> None:
-        """Run a batch, and settle those that it was the last one for."""
-        batch, gone = self._take()
+        """Run a batch, and let those go on that it was the last one for."""
+        batch = self._take()
+        if not batch:
+            return
         calls = dict.fromkeys(call for call, _ in batch)
         try:
-            if batch:
-                started, pid = self._gathering.clock(), os.getpid()
-                serving.environ = next(iter(calls)).environ if len(calls) == 1 else None
-                self._run(batch)
-                if os.getpid() != pid:  # the model has forked: the child must not answer for its parent
-                    os._exit(0)
-                self._gathering.ran(len(batch), len(self._waiting), started)
+            started, pid = self._gathering.clock(), os.getpid()
+            serving.environ = next(iter(calls)).environ if len(calls) == 1 else None
+            self._run(batch)
+            if os.getpid() != pid:  # the model has forked: the child must not answer for its parent
+                os._exit(0)
+            self._gathering.ran(len(batch), len(self._waiting), started)
         except Exception as exc:
             for call in calls:
                 call.fail(InferenceError(f"the batch failed: {type(exc).__name__}"))
             raise
         finally:
             serving.environ = None
-            for call in [*gone, *(call for call in calls if not call.missing)]:
-                call.settle()
+            for call in calls:
+                if not call.missing:
+                    call.tell()
 
-    def _take(self) -> tuple[list[tuple[Call, int]], list[Call]]:
-        """The next batch, and the calls that nobody waits for any more."""
+    def _take(self) -> list[tuple[Call, int]]:
+        """The next batch, without the calls that nobody waits for any more."""
         batch: list[tuple[Call, int]] = []
-        gone: list[Call] = []
         last: Call | None = None
-        with self._lock:
-            while self._waiting and len(batch) < self._gathering.max_batch_size:
-                call, index = self._waiting.popleft()
-                if call is not last and call.missing:
-                    call.caller.is_waiting = False
-                    if call.caller.abandoned:
-                        call.fail(AbandonedError())
-                        gone.append(call)
+        while self._waiting and len(batch) < self._gathering.max_batch_size:
+            call, index = self._waiting.popleft()
+            if not call.missing:  # it has failed
+                continue
+            if call is not last:
                 last = call
-                if call.missing:
-                    batch.append((call, index))
-        return batch, gone
+                call.caller.is_waiting = False
+                if call.caller.abandoned:
+                    call.fail(AbandonedError())
+                    call.tell()
+                    continue
+            batch.append((call, index))
+        return batch
 
     def _run(self, batch: list[tuple[Call, int]]) -> None:
         """Predict a batch; where that fails, one by one, so that an answer never depends on who else was there."""
@@ -287,7 +281,7 @@ class Batcher:
                 call.put(index, output)
 
     def _run_alone(self, call: Call, index: int) -> None:
-        if not call.missing:  # an input before it has failed
+        if not call.missing:  # it has failed
             return
         serving.environ = call.environ
         try:
