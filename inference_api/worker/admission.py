@@ -20,17 +20,16 @@ SMOOTHING = 1 / 16
 class ServiceTime:
     """What has been seen of how long the requests of one path take."""
 
-    __slots__ = ("busy_seconds", "is_guess", "seconds")
+    __slots__ = ("busy_seconds", "seconds")
 
-    def __init__(self, seconds: float, busy_seconds: float, *, is_guess: bool = False) -> None:
-        self.seconds = seconds
-        # Less what they wait for a batch. It falls while threads of the pool run them, which may wait all of the time,
-        # for all that is known: so they are tried as quick ones again now and then.
+    def __init__(self, seconds: float, busy_seconds: float = math.inf) -> None:
+        self.seconds = seconds  # as long as none has ended: at least
+        # Less what they wait for a batch; infinite as long as none has ended. It falls while threads of the pool run
+        # them, which may wait all of the time, for all that is known: so they are tried as quick ones now and then.
         self.busy_seconds = busy_seconds
-        self.is_guess = is_guess  # none has ended yet: it takes at least that long
 
 
-_UNKNOWN = ServiceTime(0.0, math.inf)
+_UNKNOWN = ServiceTime(0.0)
 
 
 class Admission:
@@ -83,18 +82,16 @@ class Admission:
         """Take into account how long a request has kept its thread, or its place."""
         waited_seconds = exchange.waited_seconds
         busy_seconds = max(0.0, seconds - waited_seconds) if waited_seconds else seconds
-        known = self._known.get(exchange.path)
-        if known is not None and not known.is_guess:
+        known = self._known.get(exchange.path, _UNKNOWN)
+        if known.busy_seconds == math.inf:
+            self._learn(exchange.path, ServiceTime(seconds, busy_seconds))
+        else:
             known.seconds += SMOOTHING * (seconds - known.seconds)
             known.busy_seconds += SMOOTHING * (busy_seconds - known.busy_seconds)
-        elif known is not None or len(self._known) < MAX_PATHS:
-            self._known[exchange.path] = ServiceTime(seconds, busy_seconds)
 
     def observe_slow(self, exchange: Exchange, seconds: float) -> None:
-        """A request that was thought to be quick has kept its thread busy for so long, and still does."""
-        known = self._known.get(exchange.path)
-        if known is not None:
-            known.busy_seconds = seconds
+        """A request that was known to be quick has kept its thread busy for so long, and still does."""
+        self._known[exchange.path].busy_seconds = seconds
 
     def hopeless(self, now: float) -> list[Exchange]:
         """Those of the requests let in that, by what has been learnt since, cannot be answered in time."""
@@ -106,17 +103,18 @@ class Admission:
         for exchange in self._pool.taken:
             if exchange.abandoned:
                 continue
+            known = self._known.get(exchange.path, _UNKNOWN)
             if exchange.started:
-                self._guess(exchange.path, now - exchange.started)
-                continue
-            self.leave(exchange)
-            cost = self._known.get(exchange.path, _UNKNOWN).seconds
-            if wait_seconds and now + wait_seconds + cost > exchange.deadline:
+                seconds = now - exchange.started
+                if known.busy_seconds == math.inf and seconds > max(known.seconds, QUICK_SECONDS):
+                    self._learn(exchange.path, ServiceTime(seconds))
+            elif wait_seconds and now + wait_seconds + known.seconds > exchange.deadline:
+                self.leave(exchange)
                 found.append(exchange)
             else:
-                exchange.cost = cost
-                self._backlog_seconds += cost
-                wait_seconds += cost / threads
+                self._backlog_seconds += known.seconds - exchange.cost
+                exchange.cost = known.seconds
+                wait_seconds += known.seconds / threads
         return found
 
     def forget(self, now: float) -> None:
@@ -128,11 +126,9 @@ class Admission:
                 if max(known.seconds, known.busy_seconds) > QUICK_SECONDS:
                     del self._known[path]
 
-    def _guess(self, path: str, seconds: float) -> None:
-        known = self._known.get(path)
-        is_new = known is None and len(self._known) < MAX_PATHS and seconds > QUICK_SECONDS
-        if is_new or (known is not None and known.is_guess and seconds > known.seconds):
-            self._known[path] = ServiceTime(seconds, seconds, is_guess=True)
+    def _learn(self, path: str, known: ServiceTime) -> None:
+        if path in self._known or len(self._known) < MAX_PATHS:
+            self._known[path] = known
 
     def retry_after_seconds(self) -> int:
         """When the backlog of now will have been worked off: whole seconds, at least 1."""
