@@ -70,7 +70,7 @@ class Pool:
         self.idle: list[threading.Lock] = []  # of the threads that wait for work
         self.large: set[Exchange] = set()  # of them, those that ended with a large answer
         self.unsent_bytes = 0  # of answers that wait for their turn, but for the next one
-        self._exits: list[None] = []  # one for each thread that has been replaced, and is to end
+        self._duties: dict[threading.Lock, Callable[[], None]] = {}  # by the lock of whose it is
         self.run = run
 
     def grow(self, size: int) -> None:
@@ -109,19 +109,18 @@ class Pool:
         return True
 
     def reserve(self) -> "threading.Lock | None":
-        """Keep an idle thread idle, whose place the caller takes until `free` or `replace`; None if all are busy."""
+        """Keep an idle thread idle, whose place the caller has until it puts that back into `idle`, or into `swap`.
+
+        None if all are busy.
+        """
         try:
             return self.idle.pop()
         except IndexError:
             return None
 
-    def free(self, place: threading.Lock) -> None:
-        """The place that was reserved is the thread's again."""
-        self.idle.append(place)
-
-    def replace(self, place: threading.Lock) -> None:
-        """End a thread: another one is about to `serve` in the place that was reserved."""
-        self._exits.append(None)
+    def swap(self, place: threading.Lock, duty: Callable[[], None]) -> None:
+        """Have the thread whose place was reserved do this first: another one is to `serve` in its place."""
+        self._duties[place] = duty
         place.release()
 
     def take_back(self, exchange: Exchange) -> None:
@@ -138,25 +137,23 @@ class Pool:
 
     def serve(self) -> None:
         """Be one of the pool's threads."""
-        jobs, idle, exits, monotonic = self.jobs, self.idle, self._exits, time.monotonic
+        jobs, idle, duties, monotonic = self.jobs, self.idle, self._duties, time.monotonic
         lock = threading.Lock()
         lock.acquire()
         while True:
-            if exits:
-                with suppress(IndexError):  # another thread has ended
-                    exits.pop()
-                    return
             try:
                 exchange = None if self.is_full else jobs.popleft()
             except IndexError:
                 exchange = None
             if exchange is None:
                 idle.append(lock)
-                if (jobs and not self.is_full) or exits:  # they came just now
+                if jobs and not self.is_full:  # they came just now
                     with suppress(ValueError):  # somebody has taken the lock from the list, and releases it
                         idle.remove(lock)
                         continue
                 lock.acquire()
+                if lock in duties:
+                    duties.pop(lock)()
                 continue
             exchange.started = monotonic()
             if jobs:

@@ -1,6 +1,5 @@
 """The I/O thread is a role: one thread has it at a time, and runs quick requests itself."""
 
-import logging
 import threading
 import time
 from collections import deque
@@ -20,15 +19,13 @@ TAKE_OVER_SECONDS = 0.005
 WATCH_SECONDS = 0.1
 LULL_SECONDS = 1.0
 
-log = logging.getLogger("inference_api.worker")
-
 
 class Role:
     """Gives the loop, which is the I/O thread's duty, to one thread at a time.
 
     To hand a quick request to another thread, which would compete with this one for the interpreter, costs more than
-    the request: whoever has the role runs it. Should one not be quick for once, the role goes to a new thread, and the
-    one that is busy with it becomes a thread of the pool, in the place of one that is idle.
+    the request: whoever has the role runs it. Should one not be quick for once, the role goes to a thread of the pool
+    that is idle, and the one that is busy with it becomes a thread of the pool in its place.
 
     A quick request whose answer comes later, with its batch, is run up to there, and run on when it has come: it keeps
     its place in the pool meanwhile, but no thread.
@@ -39,8 +36,8 @@ class Role:
         self._pool = pool
         self._resumed = resumed
         self._admission = admission
-        # Held by the thread that has the role, but while it runs `_quick`: who takes it then has the role. Each has one
-        # of its own, so that the thread that had the role before never finds its own free again.
+        # Held by the thread that has the role, but while it runs `_quick`: if it is taken then, the role is gone. Each
+        # has one of its own, so that the thread that had the role before never finds its own free again.
         self._lock = threading.Lock()
         self._quick: Exchange | None = None
         self._deferred: list[Exchange] = []  # that have been run up to where they have to wait for their answer
@@ -55,43 +52,44 @@ class Role:
         The calling thread only watches, so that signal handlers always run at once.
         """
         self._serving.acquire()
-        self._start()
-        again_at = 0.0
+        threading.Thread(target=self._begin, name="io", daemon=True).start()
         while not self._serving.acquire(timeout=TAKE_OVER_SECONDS if self._is_watched else WATCH_SECONDS):
-            now, quick = time.monotonic(), self._quick
-            self._is_watched = now - self._last_quick < LULL_SECONDS
-            if quick and now - self._last_quick > TAKE_OVER_SECONDS and now >= again_at:
-                try:
-                    self._start()
-                except RuntimeError as exc:  # it goes on when the request has ended
-                    log.warning("a slow request holds up all others: %s", exc)
-                    again_at = now + LULL_SECONDS
+            seconds = time.monotonic() - self._last_quick
+            self._is_watched = seconds < LULL_SECONDS
+            if self._quick is not None and seconds > TAKE_OVER_SECONDS and self._lock.acquire(blocking=False):
+                self._hand_over()
         if self._failure is not None:
             raise self._failure
 
-    def _start(self) -> None:
-        threading.Thread(target=self._live, args=(self._lock,), name="io", daemon=True).start()
+    def _begin(self) -> None:
+        self._live()
+        self._pool.serve()
 
-    def _live(self, lock: threading.Lock) -> None:
-        if not lock.acquire(blocking=False):  # the request that was slow has ended
-            return
-        lock = threading.Lock()
-        lock.acquire()
-        self._lock = lock
-        has_role = True
+    def _hand_over(self) -> None:
+        """Let the thread that is busy, and the idle one whose place it has, change places."""
+        slow = self._quick
+        assert slow is not None and slow.place is not None  # noqa: S101 - for the type checker
+        seconds = time.monotonic() - self._last_quick
+        if seconds > TAKE_OVER_SECONDS:  # it may be that the one which was found slow has ended, and this one begun
+            self._admission.observe_slow(slow, seconds)
+        self._quick = None
+        place, slow.place = slow.place, None
+        self._pool.swap(place, self._live)
+
+    def _live(self) -> None:
+        """Have the role until the loop is over, or the role has gone."""
+        self._lock = threading.Lock()
+        self._lock.acquire()
         try:
-            has_role = self._fulfil()
+            is_over = self._fulfil()
         except BaseException as exc:
-            self._failure = exc
-        if has_role:
+            self._failure, is_over = exc, True
+        if is_over:
             self._serving.release()
-        else:
-            self._pool.serve()
 
     def _fulfil(self) -> bool:
-        """Run the loop until it is over; returns whether this thread still has the role."""
-        if self._quick is not None:
-            self._take_over(self._quick)
+        """Run the loop; returns whether it is over, or else the role has gone."""
+        self._begin_deferred()  # what the thread has left that had the role before
         while not self._loop.is_over():
             has_quick = self._has_quick()
             if not has_quick:
@@ -101,17 +99,6 @@ class Role:
                 return False
             self._loop.respond()
         return True
-
-    def _take_over(self, slow: Exchange) -> None:
-        """Go on where the thread that had the role before is busy."""
-        seconds = time.monotonic() - self._last_quick
-        if seconds > TAKE_OVER_SECONDS:  # it may be that the one which was found slow has ended, and this one begun
-            self._admission.observe_slow(slow, seconds)
-        self._quick = None
-        place, slow.place = slow.place, None
-        if place is not None:
-            self._pool.replace(place)
-        self._begin_deferred()
 
     def _begin_deferred(self) -> None:
         """All at once, so that they are likely to be in the same batch."""
@@ -131,7 +118,7 @@ class Role:
         while self._last_quick < ends:
             if resumed:
                 if place is not None:
-                    pool.free(place)
+                    pool.idle.append(place)
                 exchange = resumed.popleft()
                 place = exchange.place
                 self._last_quick = monotonic()
@@ -159,7 +146,7 @@ class Role:
                 self._deferred.append(exchange)
                 place = None
         if place is not None:
-            pool.free(place)
+            pool.idle.append(place)
         self._begin_deferred()
         if not self._has_quick():
             pool.wake()

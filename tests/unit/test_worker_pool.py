@@ -98,24 +98,35 @@ def test_overdue_threads_are_not_counted_on(runs: Runs) -> None:
     assert pool.useful_threads == 2
 
 
-def test_a_thread_is_replaced_by_another(runs: Runs) -> None:
-    """One that is idle ends, the other serves in its place, and as many requests run at once as before."""
-    pool = Pool("replaced", runs)
+def test_a_thread_changes_places_with_another(runs: Runs) -> None:
+    """One that is idle does something else, another serves in its place, and as many requests run at once as before."""
+    pool = Pool("swapped", runs)
     pool.grow(2)
     wait_for(lambda: bool(pool.idle))
     place = pool.reserve()
     assert place is not None
-    pool.replace(place)
-    wait_for(lambda: sum(thread.name.startswith("replaced-") for thread in threading.enumerate()) == 1)
+    is_over = threading.Event()
+    busy: list[threading.Thread] = []
+
+    def duty() -> None:
+        busy.append(threading.current_thread())
+        assert is_over.wait(LIMIT_SECONDS)
+
+    pool.swap(place, duty)
+    wait_for(lambda: bool(busy))
+    assert busy[0].name.startswith("swapped-")
     runs.is_open.clear()
     threading.Thread(target=pool.serve, daemon=True).start()
-    for _ in range(3):
+    for _ in range(4):
         pool.submit(exchange())
         pool.wake()
     wait_for(lambda: len(runs.started) == 2)
-    assert (len(pool.jobs), bool(pool.idle)) == (1, False)
+    assert (len(pool.jobs), bool(pool.idle)) == (2, False)
+    is_over.set()  # it serves again
+    wait_for(lambda: len(runs.started) == 3)
     runs.is_open.set()
-    wait_for(lambda: len(runs.ended) == 3)
+    wait_for(lambda: len(runs.ended) == 4)
+    wait_for(lambda: len(pool.idle) == 3)
 
 
 def test_a_reserved_place_stays_idle_until_it_is_free(runs: Runs) -> None:
@@ -129,7 +140,7 @@ def test_a_reserved_place_stays_idle_until_it_is_free(runs: Runs) -> None:
     pool.submit(exchange())
     pool.wake()
     assert not runs.started
-    pool.free(place)
+    pool.idle.append(place)
     pool.wake()
     wait_for(lambda: len(runs.ended) == 1)
 
