@@ -131,9 +131,8 @@ class Pool:
 
     def wake(self) -> None:
         """Wake one idle thread, if there is work for it."""
-        if self.jobs:
-            with suppress(IndexError):  # all are busy
-                self.idle.pop().release()
+        if self.jobs and (place := self.reserve()) is not None:
+            place.release()
 
     def serve(self) -> None:
         """Be one of the pool's threads."""
@@ -148,9 +147,7 @@ class Pool:
             if exchange is None:
                 idle.append(lock)
                 if jobs and not self.is_full:  # they came just now
-                    with suppress(ValueError):  # somebody has taken the lock from the list, and releases it
-                        idle.remove(lock)
-                        continue
+                    self.wake()
                 lock.acquire()
                 if lock in duties:
                     duties.pop(lock)()
