@@ -91,7 +91,8 @@ class Admission:
 
     def observe_slow(self, exchange: Exchange, seconds: float) -> None:
         """A request that was known to be quick has kept its thread busy for so long, and still does."""
-        self._known[exchange.path].busy_seconds = seconds
+        known = self._known[exchange.path]
+        known.busy_seconds = max(known.busy_seconds, seconds)
 
     def hopeless(self, now: float) -> list[Exchange]:
         """Those of the requests let in that, by what has been learnt since, cannot be answered in time."""

@@ -52,7 +52,7 @@ class Role:
         The calling thread only watches, so that signal handlers always run at once.
         """
         self._serving.acquire()
-        threading.Thread(target=self._begin, name="io", daemon=True).start()
+        threading.Thread(target=self._start, name="io", daemon=True).start()
         while not self._serving.acquire(timeout=TAKE_OVER_SECONDS if self._is_watched else WATCH_SECONDS):
             seconds = time.monotonic() - self._last_quick
             self._is_watched = seconds < LULL_SECONDS
@@ -61,7 +61,7 @@ class Role:
         if self._failure is not None:
             raise self._failure
 
-    def _begin(self) -> None:
+    def _start(self) -> None:
         self._live()
         self._pool.serve()
 
@@ -69,36 +69,29 @@ class Role:
         """Let the thread that is busy, and the idle one whose place it has, change places."""
         slow = self._quick
         assert slow is not None and slow.place is not None  # noqa: S101 - for the type checker
-        seconds = time.monotonic() - self._last_quick
-        if seconds > TAKE_OVER_SECONDS:  # it may be that the one which was found slow has ended, and this one begun
-            self._admission.observe_slow(slow, seconds)
+        # Not slow yet, where the one that was found so has ended, and this one begun.
+        self._admission.observe_slow(slow, time.monotonic() - self._last_quick)
         self._quick = None
         place, slow.place = slow.place, None
         self._pool.swap(place, self._live)
 
     def _live(self) -> None:
-        """Have the role until the loop is over, or the role has gone."""
+        """Have the role: run the loop until it is over, or the role has gone."""
         self._lock = threading.Lock()
         self._lock.acquire()
         try:
-            is_over = self._fulfil()
+            self._begin_deferred()  # of the thread that had the role before
+            while not self._loop.is_over():
+                has_quick = self._has_quick()
+                if not has_quick:
+                    self._pool.wake()  # also for what this thread has left to itself, and what is not quick any more
+                self._loop.receive(may_wait=not has_quick)
+                if (self._pool.jobs or self._resumed) and not self._pool.is_full and not self._work():
+                    return
+                self._loop.respond()
         except BaseException as exc:
-            self._failure, is_over = exc, True
-        if is_over:
-            self._serving.release()
-
-    def _fulfil(self) -> bool:
-        """Run the loop; returns whether it is over, or else the role has gone."""
-        self._begin_deferred()  # what the thread has left that had the role before
-        while not self._loop.is_over():
-            has_quick = self._has_quick()
-            if not has_quick:
-                self._pool.wake()  # also for what this thread has left to itself, and what is not quick any more
-            self._loop.receive(may_wait=not has_quick)
-            if (self._pool.jobs or self._resumed) and not self._pool.is_full and not self._work():
-                return False
-            self._loop.respond()
-        return True
+            self._failure = exc
+        self._serving.release()
 
     def _begin_deferred(self) -> None:
         """All at once, so that they are likely to be in the same batch."""
