@@ -42,9 +42,8 @@ class Worker(BaseWorker):  # type: ignore[misc] # Gunicorn has no types
     def run(self) -> None:
         """Serve until told to stop."""
         sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
-        young, *older = gc.get_threshold()
-        if 0 < young < YOUNG_OBJECTS:  # 0: a model has turned it off
-            gc.set_threshold(YOUNG_OBJECTS, *older)
+        if 0 < gc.get_threshold()[0] < YOUNG_OBJECTS:  # 0: a model has turned it off
+            gc.set_threshold(YOUNG_OBJECTS)
         settings, cfg = self.settings, self.cfg
         name = self.sockets[0].getsockname()
         host, port = (str(name[0]), str(name[1])) if isinstance(name, tuple) else ("localhost", "")
@@ -93,7 +92,7 @@ class Worker(BaseWorker):  # type: ignore[misc] # Gunicorn has no types
             settings=settings,
             max_requests=self.max_requests,
             on_max_requests=lambda: self.say_worn_out(self),
-            wake_fds=(self.PIPE[0], self.PIPE[1]),
+            wake_fds=self.PIPE,
             writer=self.log.writer,
             metrics=self.metrics,
             heartbeat=self._heartbeat,

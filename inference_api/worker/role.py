@@ -66,7 +66,7 @@ class Role:
         self._pool.serve()
 
     def _hand_over(self) -> None:
-        """Let the thread that is busy, and the idle one whose place it has, change places."""
+        """Let the busy thread and the idle one whose place it has change places; meanwhile nobody else has the role."""
         slow = self._quick
         assert slow is not None and slow.place is not None  # noqa: S101 - for the type checker
         # Not slow yet, where the one that was found so has ended, and this one begun.
