@@ -209,15 +209,19 @@ def test_the_role_needs_no_thread_to_be_started(
 ) -> None:
     """Where none is to be had, it still goes on from who is busy, again and again."""
     monkeypatch.setattr(threading.Thread, "start", refuse_thread)
-    for path in (QUICK, ALSO_QUICK):
+
+    def be_slow(path: str) -> None:
         added: list[Exchange] = []
-        worker.receives.append(lambda path=path, added=added: added.append(worker.add(path, is_gated=True)))  # type: ignore[misc]
-        wait_for(lambda added=added: bool(added) and added[0] in worker.ran_by)  # type: ignore[misc]
+        worker.receives.append(lambda: added.append(worker.add(path, is_gated=True)))
+        wait_for(lambda: bool(added) and added[0] in worker.ran_by)
         turns = len(worker.waits)
-        wait_for(lambda turns=turns: len(worker.waits) > turns + 3)  # type: ignore[misc]
+        wait_for(lambda: len(worker.waits) > turns + 3)
         assert worker.io_threads[-1] is not worker.ran_by[added[0]]
         worker.gates[added[0]].set()
-        wait_for(lambda added=added: added[0] in worker.ended and len(worker.pool.idle) == 2)  # type: ignore[misc]
+        wait_for(lambda: added[0] in worker.ended and len(worker.pool.idle) == 2)
+
+    be_slow(QUICK)
+    be_slow(ALSO_QUICK)
     assert not caplog.records
 
 
