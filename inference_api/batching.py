@@ -177,7 +177,7 @@ class Batcher:
         self._gathered = threading.Condition(self._lock)
 
     def call(self, inputs: Sequence[Any], caller: Caller) -> Call:
-        """A call that is yet to begin; `inputs` has at least one."""
+        """A call that is yet to begin; to `begin` it, `inputs` must have at least one."""
         return Call(inputs, caller, self._submit)
 
     def predict(self, inputs: Sequence[Any], caller: Caller) -> list[Any]:
