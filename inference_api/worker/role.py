@@ -41,8 +41,8 @@ class Role:
         self._lock = threading.Lock()
         self._quick: Exchange | None = None
         self._deferred: list[Exchange] = []  # that have been run up to where they have to wait for their answer
-        self._last_quick = 0.0  # when the last request that is quick began
-        self._is_watched = False
+        self._last_quick = 0.0  # when the last request that is quick began, or would have if it had been watched
+        self._is_watched = False  # often enough for quick requests to be run by the thread that has the role
         self._serving = threading.Lock()  # held until the loop is over: cheaper to wait for than an Event
         self._failure: BaseException | None = None
 
@@ -101,10 +101,7 @@ class Role:
 
     def _work(self) -> bool:
         """Run what is quick of what has been submitted, and wake others for the rest; False: the role has gone."""
-        now = time.monotonic()
-        ends = now + TURN_SECONDS
-        if not self._is_watched and self._is_quick_next():
-            self._last_quick = now
+        ends = time.monotonic() + TURN_SECONDS
         pool, jobs, resumed, run = self._pool, self._pool.jobs, self._resumed, self._pool.run
         lock, is_quick, monotonic = self._lock, self._admission.is_quick, time.monotonic
         place: threading.Lock | None = None  # in the pool, for what is run here: it is one of THREADS
@@ -145,12 +142,12 @@ class Role:
             pool.wake()
         return True
 
-    def _is_quick_next(self) -> bool:
+    def _has_quick(self) -> bool:
+        """Whether the next request is one to be run by the thread that has the role; asks for the watch where it is."""
         try:
-            return self._admission.is_quick(self._pool.jobs[0])
+            is_quick = bool(self._pool.idle) and self._admission.is_quick(self._pool.jobs[0])
         except IndexError:
             return False
-
-    def _has_quick(self) -> bool:
-        """Whether the next request is one to be run by the thread that has the role."""
-        return self._is_watched and bool(self._pool.idle) and self._is_quick_next()
+        if is_quick and not self._is_watched:
+            self._last_quick = time.monotonic()
+        return is_quick and self._is_watched
