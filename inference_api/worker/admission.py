@@ -17,21 +17,6 @@ SMOOTHING = 1 / 16
 """The weight of the newest service time in the average."""
 
 
-class ServiceTime:
-    """What has been seen of how long the requests of one path take."""
-
-    __slots__ = ("busy_seconds", "seconds")
-
-    def __init__(self, seconds: float, busy_seconds: float = math.inf) -> None:
-        self.seconds = seconds  # as long as none has ended: at least
-        # Less what they wait for a batch; infinite as long as none has ended. It falls while threads of the pool run
-        # them, which may wait all of the time, for all that is known: so they are tried as quick ones now and then.
-        self.busy_seconds = busy_seconds
-
-
-_UNKNOWN = ServiceTime(0.0)
-
-
 class Admission:
     """Keeps the service time of each path, and the backlog: the seconds of service that let-in requests still need.
 
@@ -45,7 +30,11 @@ class Admission:
         self._longest_seconds = (1 - MARGIN) * request_timeout_seconds
         self._backlog_seconds = 0.0
         self._busy_at = 0.0
-        self._known: dict[str, ServiceTime] = {}  # by path
+        # By path, how long its requests take: an average, or as long as none has ended, what one has taken by now.
+        self._seconds: dict[str, float] = {}
+        # The average alone, less what they wait for a batch. It falls while threads of the pool run them, which may
+        # wait all of the time, for all that is known: so they are tried as quick ones again now and then.
+        self._busy_seconds: dict[str, float] = {}
 
     def enter(self, exchange: Exchange) -> str | None:
         """Let a request in, or say why not: "stuck", "pending" or "deadline".
@@ -53,7 +42,7 @@ class Admission:
         Its cost is the service time expected, 0 while nothing is known of its path.
         """
         pool = self._pool
-        cost = self._known.get(exchange.path, _UNKNOWN).seconds
+        cost = self._seconds.get(exchange.path, 0.0)
         # Where a thread is free there is nothing to wait for, and something to learn of a service time that has grown.
         waiting = len(pool.taken) - pool.size  # not the queue's length: a thread may be about to take from it
         if waiting >= 0:
@@ -71,7 +60,7 @@ class Admission:
     def is_quick(self, exchange: Exchange) -> bool:
         """Whether a request is known to keep a thread busy for next to no time."""
         # By what is known now: of many that wait when the first turns out not to be quick, none is taken for it.
-        return self._known.get(exchange.path, _UNKNOWN).busy_seconds < QUICK_SECONDS
+        return self._busy_seconds.get(exchange.path, math.inf) < QUICK_SECONDS
 
     def leave(self, exchange: Exchange) -> None:
         """A request is no longer among the work to be done; to say so again changes nothing."""
@@ -82,17 +71,17 @@ class Admission:
         """Take into account how long a request has kept its thread, or its place."""
         waited_seconds = exchange.waited_seconds
         busy_seconds = max(0.0, seconds - waited_seconds) if waited_seconds else seconds
-        known = self._known.get(exchange.path, _UNKNOWN)
-        if known.busy_seconds == math.inf:
-            self._learn(exchange.path, ServiceTime(seconds, busy_seconds))
-        else:
-            known.seconds += SMOOTHING * (seconds - known.seconds)
-            known.busy_seconds += SMOOTHING * (busy_seconds - known.busy_seconds)
+        path = exchange.path
+        known = self._busy_seconds.get(path)
+        if known is not None:
+            self._seconds[path] += SMOOTHING * (seconds - self._seconds[path])
+            self._busy_seconds[path] = known + SMOOTHING * (busy_seconds - known)
+        elif self._has_place(path):
+            self._seconds[path], self._busy_seconds[path] = seconds, busy_seconds
 
     def observe_slow(self, exchange: Exchange, seconds: float) -> None:
         """A request that was known to be quick has kept its thread busy for so long, and still does."""
-        known = self._known[exchange.path]
-        known.busy_seconds = max(known.busy_seconds, seconds)
+        self._busy_seconds[exchange.path] = max(self._busy_seconds[exchange.path], seconds)
 
     def hopeless(self, now: float) -> list[Exchange]:
         """Those of the requests let in that, by what has been learnt since, cannot be answered in time."""
@@ -104,18 +93,19 @@ class Admission:
         for exchange in self._pool.taken:
             if exchange.abandoned:
                 continue
-            known = self._known.get(exchange.path, _UNKNOWN)
+            path = exchange.path
+            cost = self._seconds.get(path, 0.0)
             if exchange.started:
                 seconds = now - exchange.started
-                if known.busy_seconds == math.inf and seconds > max(known.seconds, QUICK_SECONDS):
-                    self._learn(exchange.path, ServiceTime(seconds))
-            elif wait_seconds and now + wait_seconds + known.seconds > exchange.deadline:
+                if path not in self._busy_seconds and seconds > max(cost, QUICK_SECONDS) and self._has_place(path):
+                    self._seconds[path] = seconds
+            elif wait_seconds and now + wait_seconds + cost > exchange.deadline:
                 self.leave(exchange)
                 found.append(exchange)
             else:
-                self._backlog_seconds += known.seconds - exchange.cost
-                exchange.cost = known.seconds
-                wait_seconds += known.seconds / threads
+                self._backlog_seconds += cost - exchange.cost
+                exchange.cost = cost
+                wait_seconds += cost / threads
         return found
 
     def forget(self, now: float) -> None:
@@ -123,13 +113,13 @@ class Admission:
         if self._pool.taken:
             self._busy_at = now
         elif now - self._busy_at > FORGET_SECONDS:
-            for path, known in list(self._known.items()):
-                if max(known.seconds, known.busy_seconds) > QUICK_SECONDS:
-                    del self._known[path]
+            for path, seconds in list(self._seconds.items()):
+                if max(seconds, self._busy_seconds.get(path, 0.0)) > QUICK_SECONDS:
+                    del self._seconds[path]
+                    self._busy_seconds.pop(path, None)
 
-    def _learn(self, path: str, known: ServiceTime) -> None:
-        if path in self._known or len(self._known) < MAX_PATHS:
-            self._known[path] = known
+    def _has_place(self, path: str) -> bool:
+        return path in self._seconds or len(self._seconds) < MAX_PATHS
 
     def retry_after_seconds(self) -> int:
         """When the backlog of now will have been worked off: whole seconds, at least 1."""
