@@ -69,9 +69,8 @@ class Lifecycle:
             self._listener.leave()
             self._begin_grace(now)
 
-    def advance(self, now: float) -> bool:
-        """Do what is due; returns whether the grace has begun just now."""
-        was_in_grace = self.is_in_grace
+    def advance(self, now: float) -> None:
+        """Do what is due."""
         if self._is_shutdown():
             self.shut_down(now)
         elif now >= self._leaves_at:
@@ -79,7 +78,6 @@ class Lifecycle:
         if now >= self._drain_ends and not self.is_in_grace:
             self._listener.close(now)
             self._begin_grace(now)
-        return self.is_in_grace and not was_in_grace
 
     def _begin_grace(self, now: float) -> None:
         self._outbox.closing = True

@@ -100,7 +100,6 @@ class Loop:
         self._role = Role(self, self._pool, self._outbox.resumed, self._admission)
         self._lifecycle = Lifecycle(settings, self._listener, self._outbox, is_shutdown)
         self._has_forked = False
-        self._idle_seconds = settings.keep_alive  # set at each tick, as each answer asks for it
         self._requests = 0
         self._max_requests = max_requests
         self._on_max_requests = on_max_requests
@@ -474,7 +473,7 @@ class Loop:
     def _idle(self, connection: Connection) -> None:
         connection.phase = _IDLE
         connection.since = self._now
-        connection.expires = self._now + self._idle_seconds
+        connection.expires = self._now + self._settings.keep_alive
 
     def _lost(self, connection: Connection) -> None:
         """The client has gone; what it still waits for is not worth doing."""
@@ -581,12 +580,11 @@ class Loop:
                 log.warning("threads are free again")
 
     def _advance_end(self) -> None:
-        has_begun = self._lifecycle.advance(self._now)
-        self._idle_seconds = IDLE_AT_CLOSE_SECONDS if self._lifecycle.is_in_grace else self._settings.keep_alive
-        if has_begun:
+        self._lifecycle.advance(self._now)
+        if self._lifecycle.is_in_grace:
             for connection in self._connections:
                 if connection.phase is _IDLE:
-                    connection.expires = min(connection.expires, self._now + self._idle_seconds)
+                    connection.expires = min(connection.expires, self._now + IDLE_AT_CLOSE_SECONDS)
         if self._now >= self._lifecycle.grace_ends:
             unanswered = [c for c in self._connections if c.exchange is not None or c.output]
             if unanswered:
