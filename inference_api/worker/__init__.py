@@ -108,14 +108,13 @@ class Worker(BaseWorker):  # type: ignore[misc] # Gunicorn has no types
         if self.loop is not None:
             self.loop.request_stop()
 
-    def _heartbeat(self) -> bool:
-        """Tell the arbiter that this worker works; returns False once it has gone."""
+    def _heartbeat(self) -> None:
+        """Tell the arbiter that this worker works; once it has gone, tell all workers that the service ends."""
         self.notify()
-        if self.ppid == os.getppid():
-            return True
-        self.ppid: int = os.getppid()
-        log.warning("the master has gone")
-        return False
+        if self.ppid != os.getppid():
+            self.ppid: int = os.getppid()
+            log.warning("the master has gone")
+            self.shutdown_flag[0] = 1
 
     def handle_abort(self, sig: int, frame: Any) -> None:
         """SIGABRT: the arbiter has waited in vain for a heartbeat."""

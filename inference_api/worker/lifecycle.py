@@ -17,16 +17,11 @@ log = logging.getLogger("inference_api.worker")
 class Lifecycle:
     """Serving, then perhaps the drain, in which new connections are still let in, then the grace for what was begun.
 
-    A worker whose service is shut down goes through all three, one that is replaced through the first and the last.
+    A worker whose service is shut down goes through all three, and /health says so. One that is replaced leaves out the
+    drain, and /health does not change, as others serve on.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        listener: Listener,
-        outbox: Outbox,
-        is_shutdown: Callable[[], bool],
-    ) -> None:
+    def __init__(self, settings: Settings, listener: Listener, outbox: Outbox, is_shutdown: Callable[[], bool]) -> None:
         self.is_stuck = False
         self._settings = settings
         self._listener = listener
@@ -41,11 +36,6 @@ class Lifecycle:
         return "stuck" if self.is_stuck else "draining" if self._drain_ends < math.inf else "healthy"
 
     @property
-    def is_serving(self) -> bool:
-        """Whether the end has not begun."""
-        return self._drain_ends == self.grace_ends == math.inf
-
-    @property
     def is_in_grace(self) -> bool:
         """Whether nobody is let in any more."""
         return self.grace_ends < math.inf
@@ -54,31 +44,19 @@ class Lifecycle:
         """A SIGTERM has come: this worker is to leave, unless it becomes known that the service is shut down."""
         self._leaves_at = min(self._leaves_at, now + DECIDE_SECONDS)  # the master says it again and again
 
-    def shut_down(self, now: float) -> None:
-        """The service ends: serve on as a lame duck, /health saying so, then let nobody in and finish."""
-        if self._drain_ends == math.inf:
-            log.info("draining", extra={"seconds": self._settings.drain_seconds})
-            self._outbox.closing = True
-            self._listener.serve()
-            self._drain_ends = now + self._settings.drain_seconds
-            self.grace_ends = math.inf
-
-    def leave(self, now: float) -> None:
-        """This worker is replaced: let nobody in, finish, and go. Others serve on, so that /health does not change."""
-        if self.is_serving:
-            self._listener.leave()
-            self._begin_grace(now)
-
     def advance(self, now: float) -> None:
         """Do what is due."""
         if self._is_shutdown():
-            self.shut_down(now)
-        elif now >= self._leaves_at:
-            self.leave(now)
+            if self._drain_ends == math.inf:  # it may have left before it was known
+                log.info("draining", extra={"seconds": self._settings.drain_seconds})
+                self._outbox.closing = True
+                self._listener.serve()
+                self._drain_ends = now + self._settings.drain_seconds
+                self.grace_ends = math.inf
+        elif now >= self._leaves_at and not self._outbox.closing:
+            self._outbox.closing = True
+            self._listener.leave()
+            self.grace_ends = now + self._settings.graceful_timeout
         if now >= self._drain_ends and not self.is_in_grace:
             self._listener.close(now)
-            self._begin_grace(now)
-
-    def _begin_grace(self, now: float) -> None:
-        self._outbox.closing = True
-        self.grace_ends = now + self._settings.graceful_timeout
+            self.grace_ends = now + self._settings.graceful_timeout

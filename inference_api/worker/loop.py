@@ -75,7 +75,7 @@ class Loop:
         wake_fds: tuple[int, int],
         writer: LineWriter,
         metrics: Metrics,
-        heartbeat: Callable[[], bool],
+        heartbeat: Callable[[], None],
         is_shutdown: Callable[[], bool],
     ) -> None:
         self._application = application
@@ -182,7 +182,7 @@ class Loop:
 
     def _wear_out(self) -> None:
         # One that is not ready yet has answered 503 only, and its successor would not be ready, either.
-        if self._lifecycle.is_serving and getattr(self._application, "is_ready", True):
+        if not self._outbox.closing and getattr(self._application, "is_ready", True):
             log.info("worn out by MAX_REQUESTS, to be replaced", extra={"requests": self._requests})
             self._max_requests = sys.maxsize
             self._on_max_requests()
@@ -529,8 +529,8 @@ class Loop:
             self._next_heartbeat = now + HEARTBEAT_SECONDS
             pool.grow(getattr(self._application, "threads", self._settings.threads or 1))
             self._get_pool.grow(1)
-            if not self._lifecycle.is_stuck and not self._heartbeat():
-                self._lifecycle.shut_down(now)
+            if not self._lifecycle.is_stuck:
+                self._heartbeat()
         pending = len(pool.jobs)
         self._metrics.gauges(
             in_flight=max(0, len(pool.taken) - pending),
