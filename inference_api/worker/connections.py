@@ -43,7 +43,6 @@ class Connections(set[Connection]):
         self._held_bytes = 0
         self._paused: dict[Connection, None] = {}  # that hold much: in the order in which they may go on
         self.unread: dict[Connection, Unread] = {}  # their answers, once these are whole, until they have been read
-        self._unread_bytes = 0
 
     def add(self, connection: Connection) -> None:
         """Read from a new one."""
@@ -56,7 +55,7 @@ class Connections(set[Connection]):
         connection.sock.close()
         connection.forget()
         self.hold(connection, 0)
-        self.was_read(connection)
+        self.unread.pop(connection, None)
         self.writable.pop(connection, None)
         self.discard(connection)
 
@@ -126,21 +125,8 @@ class Connections(set[Connection]):
         if has_room:
             self._paused.clear()
 
-    def wrote(self, connection: Connection, exchange: Exchange, now: float) -> None:
-        """Its answer waits for the client, until `was_read`."""
-        answer = self.unread[connection] = Unread(connection, exchange, now)
-        self._unread_bytes += answer.held_bytes
-
-    def was_read(self, connection: Connection) -> None:
-        """Its answer, if there was one, does not wait any more."""
-        answer = self.unread.pop(connection, None)
-        if answer is not None:
-            self._unread_bytes -= answer.held_bytes
-
     def give_up(self, now: float) -> None:
         """Where those whose clients take no more of their answers hold too much, close the slowest, but for one."""
-        if self._unread_bytes <= MAX_UNREAD_BYTES:
-            return
         stalled = {each: answer for each, answer in self.unread.items() if each not in self.writable}
         excess = sum(answer.held_bytes for answer in stalled.values()) - MAX_UNREAD_BYTES
         if excess <= 0:

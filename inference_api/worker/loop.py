@@ -15,7 +15,7 @@ from inference_api.logs import LineWriter
 from inference_api.metrics import Metrics
 from inference_api.worker.admission import Admission
 from inference_api.worker.connection import MAX_PIPELINED_BYTES, Connection, Phase
-from inference_api.worker.connections import READ, WRITE, Connections
+from inference_api.worker.connections import READ, WRITE, Connections, Unread
 from inference_api.worker.http import Refusal
 from inference_api.worker.journal import Journal
 from inference_api.worker.lifecycle import Lifecycle
@@ -406,27 +406,25 @@ class Loop:
         if not output:
             self._connections.watch(connection, connection.events & ~WRITE)
             if connection.phase is _WRITING:
-                self._connections.was_read(connection)
-                self._next(connection)
+                self._next(connection, self._connections.unread.pop(connection).exchange)
         return left
 
     def _answered(self, connection: Connection, exchange: Exchange) -> None:
         """The last byte of an answer is with the socket, or in `output`."""
         self._journal.record(exchange, self._now)
         connection.exchange = None
-        connection.must_close = not exchange.keep_alive
         if connection.held_bytes:
             self._connections.hold(connection, 0)
         if connection.output:
             connection.phase = _WRITING
             connection.expires = self._now + self._settings.read_timeout
-            self._connections.wrote(connection, exchange, self._now)
+            self._connections.unread[connection] = Unread(connection, exchange, self._now)
         else:
-            self._next(connection)
+            self._next(connection, exchange)
 
-    def _next(self, connection: Connection) -> None:
+    def _next(self, connection: Connection, answered: Exchange) -> None:
         """An answer is out: turn to the next request, or end the connection."""
-        if connection.must_close:
+        if not answered.keep_alive:
             self._linger(connection)
             return
         self._idle(connection)

@@ -16,6 +16,7 @@ from inference_api.worker.connections import (
     WRITE,
     YOUNG_BYTES_PER_SECOND,
     Connections,
+    Unread,
 )
 from inference_api.worker.http import RequestParser
 from tests.unit.exchanges import exchange
@@ -44,7 +45,7 @@ class Opened:
     def write(self, connection: Connection, *pieces: memoryview, now: float = 0.0) -> None:
         """Have these pieces of an answer wait for the client."""
         connection.output = list(pieces)
-        self.connections.wrote(connection, exchange(), now)
+        self.connections.unread[connection] = Unread(connection, exchange(), now)
         self.connections.give_up(now)
 
     def is_read_from(self, connection: Connection) -> bool:
@@ -162,7 +163,7 @@ def test_unread_answers_are_given_up_for_others(opened: Opened, caplog: pytest.L
     oldest, read, newest = (opened.add(phase=Phase.WRITING) for _ in range(3))
     for connection in (oldest, read):
         opened.write(connection, answer[-1:])
-    opened.connections.was_read(read)
+    del opened.connections.unread[read]
     opened.write(read, answer[-1:])
     assert set(opened.connections) == {oldest, read, newest}
     opened.write(newest, answer, answer, answer)

@@ -158,7 +158,7 @@ def test_an_answer_ends_the_wait_for_its_client(turns: Turns) -> None:
         begun = turns.received[0]
         while turns.received[0] - begun < ANSWER_BYTES or turns.loop._connections.unread:
             turns.take()
-    assert (turns.loop._pool.unsent_bytes, turns.loop._connections._unread_bytes) == (0, 0)
+    assert turns.loop._pool.unsent_bytes == 0
 
 
 def test_a_body_is_not_held_while_its_answer_is_read(turns: Turns) -> None:
