@@ -297,8 +297,7 @@ class Loop:
             connection.expires = self._now + self._settings.read_timeout
         if connection.wants_continue:
             connection.wants_continue = False
-            if not self._send(connection, b"HTTP/1.1 100 Continue\r\n\r\n"):
-                return
+            self._send(connection, b"HTTP/1.1 100 Continue\r\n\r\n")
         self._connections.hold(connection, connection.unfinished_bytes)
         if not self._connections.pause_if_full(connection) and connection.has_ended:
             self._client_ended(connection)
@@ -342,27 +341,20 @@ class Loop:
 
     # Answering.
 
-    def _send(self, connection: Connection, data: bytes) -> bool:
-        """Write what the socket takes now, keep the rest; returns whether the connection still is."""
-        if connection.output:
-            connection.output.append(memoryview(data))
-            return True
+    def _send(self, connection: Connection, data: bytes) -> None:
+        """Write what the socket takes now, and keep the rest."""
         sent = 0
-        if len(data) <= LARGE_BYTES:  # else it waits for its turn
+        if not connection.output and len(data) <= LARGE_BYTES:  # else it waits for its turn
             try:
                 sent = connection.sock.send(data)
-            except BlockingIOError:
-                pass
-            except OSError:
-                self._lost(connection)
-                return False
+            except OSError:  # it takes nothing now, or never will, which comes out when it is its turn
+                sent = 0
         exchange = connection.exchange
         if exchange is not None and exchange.room is not None:  # a call less for most
             exchange.was_sent(sent, is_whole=sent == len(data))
         if sent < len(data):
             connection.output.append(memoryview(data)[sent:])
             self._connections.watch(connection, connection.events | WRITE)
-        return True
 
     def _write_on(self) -> None:
         """Go on with what waits for its turn: LARGE_BYTES of it in all, and to whoever has waited for longest."""
@@ -451,15 +443,12 @@ class Loop:
         self, connection: Connection, exchange: Exchange, status: int, detail: str, *more: tuple[str, str]
     ) -> None:
         """The server's own answer to a request: from now on the application's is not wanted."""
-        exchange.abandoned = True
+        self._abandon(exchange)
         if self._outbox.closing:
             exchange.keep_alive = False
-        is_connected = self._send(connection, problem_answer(exchange, status, detail, *more))
+        self._send(connection, problem_answer(exchange, status, detail, *more))
         exchange.status = status  # the application may have set its own meanwhile
-        if is_connected:
-            self._answered(connection, exchange)
-        else:
-            self._journal.record(exchange, self._now)
+        self._answered(connection, exchange)
 
     # The beginning and the end of connections.
 
@@ -476,7 +465,7 @@ class Loop:
     def _lost(self, connection: Connection) -> None:
         """The client has gone; what it still waits for is not worth doing."""
         exchange = connection.exchange
-        if exchange is not None and not exchange.abandoned:
+        if exchange is not None:
             self._abandon(exchange)
             exchange.status = GONE_STATUS
             self._metrics.count("requests_gone")
@@ -518,7 +507,6 @@ class Loop:
         self._check_threads()
         if pool.jobs:
             for exchange in self._admission.hopeless(now):
-                self._abandon(exchange)
                 self._shed(exchange.connection, exchange, "deadline")
         self._admission.forget(now)
         self._advance_end()
@@ -544,10 +532,10 @@ class Loop:
         if connection.phase is _READING:
             self._refuse(connection, 408, f"The request took longer than {self._settings.read_timeout:g} seconds.")
         elif exchange is not None:
-            self._abandon(exchange)
             self._metrics.count("requests_timed_out")
             log.warning("deadline passed", extra={**exchange.log_fields, "started": bool(exchange.started)})
             if exchange.room is not None:  # part of the answer is out
+                self._abandon(exchange)
                 self._journal.record(exchange, self._now)
                 self._connections.close(connection)
             else:
