@@ -199,8 +199,7 @@ class Loop:
         log.exception("a connection failed")
         with suppress(Exception):
             self._lost(connection)
-        if connection in self._connections:
-            self._connections.close(connection)
+        self._connections.close(connection)
 
     def _send_answers(self) -> None:
         """Send what has been made, and then see to what it ends."""
@@ -431,7 +430,6 @@ class Loop:
         """Answer what is not a request, and end the connection: what follows in it cannot be understood."""
         exchange = connection.refused()
         exchange.arrived = self._now
-        connection.buffer = b""
         self._answer(connection, exchange, status, detail)
 
     def _shed(self, connection: Connection, exchange: Exchange, reason: str) -> None:
@@ -481,14 +479,8 @@ class Loop:
 
     def _linger(self, connection: Connection) -> None:
         """Close our half and wait for the client's: a reset would destroy an answer that is still under way."""
-        if connection.has_ended:
-            self._connections.close(connection)
-            return
-        try:
+        with suppress(OSError):  # it has gone, which the selector tells, as it does again that it sends no more
             connection.sock.shutdown(socket.SHUT_WR)
-        except OSError:
-            self._connections.close(connection)
-            return
         connection.phase = _LINGERING
         connection.buffer = b""
         connection.since = self._now
@@ -519,7 +511,7 @@ class Loop:
                 self._heartbeat()
         pending = len(pool.jobs)
         self._metrics.gauges(
-            in_flight=max(0, len(pool.taken) - pending),
+            in_flight=len(pool.taken) - pending,
             pending=pending,
             connections=len(self._connections),
             threads_stuck=len(pool.overdue),
