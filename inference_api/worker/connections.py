@@ -101,27 +101,21 @@ class Connections(set[Connection]):
     # What they hold.
 
     def hold(self, connection: Connection, count: int) -> None:
-        """Count it with so many bytes from now on."""
+        """Count it with so many bytes from now on; while all hold too much, no more is read where it holds much."""
         self._held_bytes += count - connection.held_bytes
         connection.held_bytes = count
         if not count or connection.phase is not Phase.READING:
             self._paused.pop(connection, None)
-
-    def pause_if_full(self, connection: Connection) -> bool:
-        """Read no more from a connection that holds much while all hold too much; returns whether that is so."""
-        if self._held_bytes <= MAX_HELD_BYTES or connection.held_bytes <= MIN_PAUSED_BYTES:
-            return False
-        self._paused.setdefault(connection)
-        if connection is not next(iter(self._paused)):  # one goes on, or none would ever be complete
-            self.watch(connection, connection.events & ~READ)
-        return True
+        elif count > MIN_PAUSED_BYTES and self._held_bytes > MAX_HELD_BYTES:
+            self._paused.setdefault(connection)
+            if connection is not next(iter(self._paused)):  # one goes on, or none would ever be complete
+                self.watch(connection, connection.events & ~READ)
 
     def resume(self) -> None:
         """Read on from paused connections: from all where there is room again, else from the first."""
         has_room = self._held_bytes <= MAX_HELD_BYTES
         for connection in list(self._paused) if has_room else list(self._paused)[:1]:
-            if connection.phase is Phase.READING:
-                self.watch(connection, connection.events | READ)
+            self.watch(connection, connection.events | READ)
         if has_room:
             self._paused.clear()
 

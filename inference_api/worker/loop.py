@@ -298,7 +298,7 @@ class Loop:
             connection.wants_continue = False
             self._send(connection, b"HTTP/1.1 100 Continue\r\n\r\n")
         self._connections.hold(connection, connection.unfinished_bytes)
-        if not self._connections.pause_if_full(connection) and connection.has_ended:
+        if connection.has_ended:
             self._client_ended(connection)
 
     def _dispatch(self, connection: Connection, exchange: Exchange) -> None:

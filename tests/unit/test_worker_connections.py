@@ -133,17 +133,19 @@ def test_what_is_watched_can_be_changed_and_ended(opened: Opened) -> None:
 
 def test_beyond_the_bound_all_but_the_first_pause(opened: Opened) -> None:
     """They go on when there is room again, or when it is their turn."""
+    other = opened.add(phase=Phase.RUNNING)
+    opened.connections.hold(other, MAX_HELD_BYTES // 2)
     held = [opened.add(phase=Phase.READING) for _ in range(3)]
     for connection in held:
-        opened.connections.hold(connection, MAX_HELD_BYTES // 2)
-    assert [opened.connections.pause_if_full(connection) for connection in held] == [True] * 3
+        opened.connections.hold(connection, MAX_HELD_BYTES // 2 + 1)
     assert [opened.is_read_from(connection) for connection in held] == [True, False, False]
     held[0].phase = Phase.RUNNING  # it is complete
     opened.connections.hold(held[0], MAX_HELD_BYTES // 2)
     opened.connections.resume()
     assert [opened.is_read_from(connection) for connection in held[1:]] == [True, False]
     opened.connections.close(held[1])
-    opened.connections.hold(held[0], 0)
+    for connection in (held[0], other):
+        opened.connections.hold(connection, 0)
     opened.connections.resume()
     assert opened.is_read_from(held[2])
 
@@ -153,7 +155,6 @@ def test_who_holds_little_never_pauses(opened: Opened) -> None:
     large, small = opened.add(phase=Phase.READING), opened.add(phase=Phase.READING)
     opened.connections.hold(large, MAX_HELD_BYTES + 1)
     opened.connections.hold(small, MIN_PAUSED_BYTES)
-    assert not opened.connections.pause_if_full(small)
     assert opened.is_read_from(small)
 
 
