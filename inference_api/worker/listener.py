@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from inference_api.worker.connections import Connections
 
 ACCEPTS_PER_TURN = 16
-PAUSE_SECONDS = 0.1
 LAST_ACCEPT_SECONDS = 0.5
 MOST_HOPS = 255
 IP_MINTTL, IPV6_MINHOPCOUNT = 21, 73  # Linux's numbers, which Python does not name
@@ -36,13 +35,11 @@ class Listener:
         self._connections = connections
         self._admit = admit
         self._is_accepting = False
-        self._again_at = 0.0  # where it pauses, when it goes on
         self._is_short = False  # of descriptors or memory
         self._closes_at = math.inf
 
-    def pause(self, now: float) -> None:
-        """Let nobody in for a moment: until a tick after PAUSE_SECONDS."""
-        self._again_at = now + PAUSE_SECONDS
+    def pause(self) -> None:
+        """Let nobody in until the next tick."""
         self._watch(False)
 
     def leave(self) -> None:
@@ -68,9 +65,8 @@ class Listener:
         """Go on after a pause, and end what `close` began."""
         if self.is_done:
             return
-        if now >= self._again_at:
-            self._watch(True)
-        if now >= self._closes_at and self._is_accepting:
+        self._watch(True)
+        if now >= self._closes_at:
             # No SYN has been let in since: whoever got in before stands in the backlog by now.
             for sock in self._sockets:
                 while self.accept(sock, now):
@@ -93,7 +89,7 @@ class Listener:
         """Accept some connections; returns whether more may be waiting."""
         for _ in range(ACCEPTS_PER_TURN):
             if not self._connections.has_room(now):
-                self.pause(now)
+                self.pause()
                 return False
             try:
                 sock, peer = listening.accept()
@@ -107,7 +103,7 @@ class Listener:
                 if not self._is_short:
                     log.warning("accepting pauses: %s", exc.strerror)
                 self._is_short = True
-                self.pause(now)
+                self.pause()
                 return False
             self._is_short = False
             sock.setblocking(False)

@@ -496,13 +496,13 @@ class Loop:
         for connection in [c for c in self._connections if c.expires <= now]:
             self._guarded(self._expire, connection)
         self._connections.resume()
+        self._listener.tick(now)
         self._check_threads()
         if pool.jobs:
             for exchange in self._admission.hopeless(now):
                 self._shed(exchange.connection, exchange, "deadline")
         self._admission.forget(now)
         self._advance_end()
-        self._listener.tick(now)
         if now >= self._next_heartbeat:
             self._next_heartbeat = now + HEARTBEAT_SECONDS
             pool.grow(getattr(self._application, "threads", self._settings.threads or 1))
@@ -549,7 +549,7 @@ class Loop:
             self._admission.leave(exchange)
         is_stuck = 0 < pool.size <= len(pool.overdue)
         if is_stuck and not self._lifecycle.is_in_grace:
-            self._listener.pause(self._now)
+            self._listener.pause()
         if is_stuck != self._lifecycle.is_stuck:
             self._lifecycle.is_stuck = is_stuck
             if is_stuck:
