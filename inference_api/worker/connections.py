@@ -138,8 +138,6 @@ class Connections(set[Connection]):
 class Unread:
     """An answer that its client has not taken all of yet."""
 
-    __slots__ = ("_bytes_at_check", "_bytes_at_look", "_bytes_per_second", "_looked", "exchange", "held_bytes")
-
     def __init__(self, connection: Connection, exchange: Exchange, now: float) -> None:
         self.exchange = exchange
         # A view keeps the whole of what it shows a part of.
