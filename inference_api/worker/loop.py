@@ -297,9 +297,8 @@ class Loop:
         if connection.wants_continue:
             connection.wants_continue = False
             self._send(connection, b"HTTP/1.1 100 Continue\r\n\r\n")
+        self._connections.watch(connection, connection.events | READ)
         self._connections.hold(connection, connection.unfinished_bytes)
-        if connection.has_ended:
-            self._client_ended(connection)
 
     def _dispatch(self, connection: Connection, exchange: Exchange) -> None:
         self._requests += 1
@@ -325,7 +324,6 @@ class Loop:
 
     def _client_ended(self, connection: Connection) -> None:
         """The client sends no more: it has left, or has only closed its half (a FIN tells not which)."""
-        connection.has_ended = True
         self._connections.watch(connection, connection.events & ~READ)
         phase, exchange = connection.phase, connection.exchange
         if exchange is not None:
@@ -420,11 +418,9 @@ class Loop:
             return
         self._idle(connection)
         if connection.buffer:
-            if not connection.events & READ and not connection.has_ended:
-                self._connections.watch(connection, connection.events | READ)
             self._ready.append(connection)
-        elif connection.has_ended:
-            self._connections.close(connection)
+        elif not connection.events & READ:  # should its client have sent its last byte, that is told again
+            self._connections.watch(connection, connection.events | READ)
 
     def _refuse(self, connection: Connection, status: int, detail: str) -> None:
         """Answer what is not a request, and end the connection: what follows in it cannot be understood."""
