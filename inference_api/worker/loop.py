@@ -311,14 +311,13 @@ class Loop:
         if exchange.method in _GET_METHODS:  # health never waits behind predictions
             self._journal.write()  # whoever asks for the metrics finds there what has been answered before
             exchange.environ["inference_api.state"] = self._lifecycle.state
-            if len(self._get_pool.jobs) < self._settings.max_pending:
-                self._get_pool.submit(exchange)
-            else:
-                self._shed(connection, exchange, "pending")
-            return
-        reason = self._admission.enter(exchange)
+            pool = self._get_pool
+            reason = None if len(pool.jobs) < self._settings.max_pending else "pending"
+        else:
+            pool = self._pool
+            reason = self._admission.enter(exchange)
         if reason is None:
-            self._pool.submit(exchange)
+            pool.submit(exchange)
         else:
             self._shed(connection, exchange, reason)
 
