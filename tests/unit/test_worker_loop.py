@@ -1,7 +1,9 @@
 """The loop by itself: turns taken one at a time, real sockets, and no thread."""
 
 import os
+import re
 import socket
+import struct
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -65,11 +67,15 @@ class Turns:
         for connection in list(self.loop._connections):
             self.loop._connections.close(connection)
 
+    def run(self) -> None:
+        """What application threads do in a turn."""
+        while self.loop._pool.jobs:
+            self.loop._run(self.loop._pool.jobs.popleft())
+
     def take(self) -> list[int]:
         """One turn; returns how many bytes have come to each client in it."""
         self.loop.receive(may_wait=False)
-        while self.loop._pool.jobs:
-            self.loop._run(self.loop._pool.jobs.popleft())
+        self.run()
         self.loop.respond()
         came = [0] * len(self.clients)
         for number, client in enumerate(self.clients):
@@ -196,3 +202,41 @@ def test_what_is_still_being_read_at_the_end_is_lost_audibly(turns: Turns, caplo
     turns.loop._advance_end()
     assert not turns.loop._connections
     assert [record.__dict__["lost"] for record in caplog.records] == [1]
+
+
+def test_a_client_that_resets_as_it_is_answered_is_closed(turns: Turns, caplog: pytest.LogCaptureFixture) -> None:
+    """Whether its answer is sent or waits for its turn; it is nobody's fault."""
+    turns.loop._pool.size = 3
+    *leaving, staying = turns.clients
+    while len(turns.loop._connections) < len(turns.clients):
+        turns.take()
+    for client, request in zip(leaving, (SMALL_REQUEST, REQUEST), strict=True):
+        client.sendall(request)
+    while turns.loop._requests < len(leaving):
+        turns.loop.receive(may_wait=False)
+    for client in leaving:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.close()
+    turns.run()
+    turns.loop.respond()
+    turns.clients, turns.received = [staying], [0]
+    for _ in range(3):
+        turns.take()
+    assert len(turns.loop._connections) == 1
+    assert not turns.loop._pool.taken
+    staying.sendall(SMALL_REQUEST)
+    while not turns.received[0]:
+        turns.take()
+    assert not caplog.records
+
+
+def test_who_sends_no_more_is_answered_all_that_has_come(turns: Turns) -> None:
+    """What is complete as what it is, and the beginning of a request as such; then the connection ends."""
+    client = turns.clients[0]
+    client.sendall(SMALL_REQUEST * 2 + b"POST")
+    client.shutdown(socket.SHUT_WR)
+    turns.clients, turns.received = turns.clients[1:], [0, 0]
+    while turns.loop._requests < 2 or len(turns.loop._connections) > len(turns.clients):
+        turns.take()
+    answers = b"".join(iter(lambda: client.recv(ANSWER_BYTES), b""))
+    assert re.findall(rb"HTTP/1.1 ([0-9]+)", answers) == [b"200", b"200", b"400"]
