@@ -41,12 +41,7 @@ class Hooks:
         if arbiter.cfg.is_ssl:  # before Gunicorn looks for the files
             arbiter.worker_class.check_config(arbiter.cfg, arbiter.log)
         _require_address(arbiter.cfg)
-        # One byte that master and workers share: a worker gets the same SIGTERM when the service is shut down as
-        # when the worker alone is replaced, and has to behave differently.
-        arbiter.shutdown_flag = mmap.mmap(-1, 1)
-        arbiter.is_served, arbiter.was_served = mmap.mmap(-1, 1), False  # whether a worker is ready; ever was
-        arbiter.handle_usr2 = _refuse_reexec
-        Supervisor(arbiter, self.settings)
+        Supervisor.take_over(arbiter, self.settings)
 
     def pre_fork(self, arbiter: Any, worker: Any) -> None:
         worker.settings = self.settings
@@ -140,7 +135,3 @@ def _leave_to_parent(worker: Any) -> None:
         signal.signal(number, signal.SIG_DFL)
     for sock in worker.sockets:
         sock.close()
-
-
-def _refuse_reexec() -> None:
-    log.warning("SIGUSR2 is not supported: start another instance beside this one")

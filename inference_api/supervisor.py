@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import mmap
 import os
 import signal
 import threading
@@ -13,6 +14,7 @@ from pathlib import Path
 from select import PIPE_BUF
 from typing import Any, NoReturn
 
+from gunicorn.arbiter import Arbiter
 from gunicorn.errors import HaltServer
 
 from inference_api.app import Service
@@ -35,8 +37,8 @@ IS_READY, IS_WORN_OUT = range(2)
 log = logging.getLogger("inference_api")
 
 
-class Supervisor:
-    """Takes the place of those of the arbiter's methods that see to its workers.
+class Supervisor(Arbiter):  # type: ignore[misc] # Gunicorn has no types
+    """Gunicorn's arbiter, but for how it sees to its workers.
 
     Gunicorn ends the old workers at a reload as soon as it has forked the new ones, and has a worker that recycles
     itself leave before its successor is forked. Here both are old workers: they serve until as many new ones are ready
@@ -44,20 +46,25 @@ class Supervisor:
     Gunicorn's main loop goes on, and calls `manage_workers` at least once a second.
     """
 
-    def __init__(self, arbiter: Any, started: Settings) -> None:
-        self._arbiter = arbiter
-        self._started = started
-        self._signal, self._stop, self._reap_workers = arbiter.signal, arbiter.stop, arbiter.reap_workers
-        self._rehearsal: Rehearsal | None = None
-        self._is_loading = self._is_stopping = False
-        self._reloading: Settings | None = None  # what is to be in force once the new workers are ready
-        self._spawns_at = 0.0
-        arbiter.signal, arbiter.stop, arbiter.reload = self.signal, self.stop, self.reload
-        arbiter.manage_workers, arbiter.reap_workers = self.manage_workers, self.reap_workers
+    was_served = False  # whether a worker has ever been ready
+    _rehearsal: "Rehearsal | None" = None
+    _reloading: Settings | None = None  # what is to be in force once the new workers are ready
+    _is_loading = _is_stopping = False
+    _spawns_at = 0.0
+
+    @classmethod
+    def take_over(cls, arbiter: Any, started: Settings) -> None:
+        """Make a Supervisor of the arbiter, which Gunicorn has made itself."""
+        arbiter.__class__ = cls
+        arbiter.started = started
+        # A byte each that master and workers share. A worker gets the same SIGTERM when the service is shut down as
+        # when the worker alone is replaced, and has to behave differently.
+        arbiter.shutdown_flag = mmap.mmap(-1, 1)
+        arbiter.is_served = mmap.mmap(-1, 1)  # whether a worker is ready
 
     def signal(self, number: int, frame: Any) -> None:
         """The handler of all signals: to be told to stop ends what is being loaded, which may take for ever."""
-        self._signal(number, frame)
+        super().signal(number, frame)
         if number in STOP_SIGNALS:
             self._is_stopping = True
             if self._is_loading:
@@ -66,9 +73,9 @@ class Supervisor:
     def stop(self, graceful: bool = True) -> None:
         """End all workers, which are told that the service ends."""
         self._is_stopping = True
-        self._arbiter.shutdown_flag[0] = 1
+        self.shutdown_flag[0] = 1
         self._cancel()
-        self._stop(graceful)
+        super().stop(graceful)
 
     def reload(self) -> None:
         """Rehearse what is to be served now; where that cannot be served, the log says why, and nothing changes."""
@@ -77,19 +84,23 @@ class Supervisor:
             return
         try:
             settings = read_settings()
-            if (settings.host, settings.port) != (self._started.host, self._started.port):
+            if (settings.host, settings.port) != (self.started.host, self.started.port):
                 raise SettingsError("HOST and PORT are not allowed to change at a reload: start the service anew")
-            self._rehearsal = Rehearsal(settings, self._arbiter.LISTENERS)
+            self._rehearsal = Rehearsal(settings, self.LISTENERS)
         except (SettingsError, OSError) as exc:
             _refuse(str(exc))
+
+    def handle_usr2(self) -> None:
+        """SIGUSR2: not another master beside this one."""
+        log.warning("SIGUSR2 is not supported: start another instance beside this one")
 
     def manage_workers(self) -> None:
         """Have as many workers as there should be, of these settings, and let those go that they replace."""
         self._go_on_reloading()
-        arbiter, number = self._arbiter, self._arbiter.num_workers
-        workers = sorted(arbiter.WORKERS.values(), key=attrgetter("age"))
+        number = self.num_workers
+        workers = sorted(self.WORKERS.values(), key=attrgetter("age"))
         leaving = {w for w in workers if w.is_leaving}
-        ours = [w for w in workers if w.cfg is arbiter.cfg and w not in leaving]
+        ours = [w for w in workers if w.cfg is self.cfg and w not in leaving]
         fresh = [w for w in ours if not w.says[IS_WORN_OUT]]
         serving = [w for w in ours if w.says[IS_READY]]
         self._note_serving()
@@ -106,47 +117,45 @@ class Supervisor:
             worker.is_leaving = True
             if time.monotonic() >= worker.tell_at:
                 worker.tell_at = time.monotonic() + TELL_AGAIN_SECONDS
-                arbiter.kill_worker(worker.pid, signal.SIGTERM)
+                self.kill_worker(worker.pid, signal.SIGTERM)
         self._note_serving()
         if are_replaced and self._reloading is not None:
-            log.info("reloaded", extra=effective(self._reloading, arbiter.app.callable))
+            log.info("reloaded", extra=effective(self._reloading, self.app.callable))
             self._reloading = None
 
     def reap_workers(self) -> None:
         """See to workers that have ended; one that cannot serve ends the service only where no other does."""
-        arbiter = self._arbiter
-        before = dict(arbiter.WORKERS)
+        before = dict(self.WORKERS)
         starting = {pid for pid, w in before.items() if not w.says[IS_READY] and not w.is_leaving}
         try:
-            self._reap_workers()
+            super().reap_workers()
         except HaltServer:
-            for pid in before.keys() - arbiter.WORKERS.keys():  # what Gunicorn has left out, for one of them
+            for pid in before.keys() - self.WORKERS.keys():  # what Gunicorn has left out, for one of them
                 before[pid].tmp.close()
-                arbiter.cfg.child_exit(arbiter, before[pid])
+                self.cfg.child_exit(self, before[pid])
             if not self._is_stopping:
-                if not any(w.says[IS_READY] for w in arbiter.WORKERS.values()):
+                if not any(w.says[IS_READY] for w in self.WORKERS.values()):
                     raise
                 log.error("a new worker cannot serve, the old ones serve on")
             self.reap_workers()  # the others
-        if starting - arbiter.WORKERS.keys():
+        if starting - self.WORKERS.keys():
             self._spawns_at = time.monotonic() + RESPAWN_SECONDS
 
     def _note_serving(self) -> None:
         """Tell workers that are about to come whether others serve until they can."""
-        is_served = any(w.says[IS_READY] and not w.is_leaving for w in self._arbiter.WORKERS.values())
-        self._arbiter.is_served[0] = is_served
-        self._arbiter.was_served = self._arbiter.was_served or is_served
+        is_served = any(w.says[IS_READY] and not w.is_leaving for w in self.WORKERS.values())
+        self.is_served[0] = is_served
+        self.was_served = self.was_served or is_served
 
     def _spawn(self, count: int) -> None:
-        arbiter = self._arbiter
         try:
             for _ in range(count if time.monotonic() >= self._spawns_at else 0):
-                arbiter.forking = None
-                arbiter.spawn_worker()
+                self.forking = None
+                self.spawn_worker()
         except (OSError, RuntimeError) as exc:  # no descriptor, process or slot is left
-            if arbiter.forking is not None:
-                arbiter.cfg.child_exit(arbiter, arbiter.forking)
-            if not arbiter.WORKERS:
+            if self.forking is not None:
+                self.cfg.child_exit(self, self.forking)
+            if not self.WORKERS:
                 raise
             log.error("a new worker cannot be started, the old ones serve on: %s", exc)
             self._spawns_at = time.monotonic() + RESPAWN_SECONDS
@@ -162,7 +171,7 @@ class Supervisor:
         if rehearsal is None or outcome is None:
             return
         self._cancel()
-        arbiter, cfg, settings = self._arbiter, self._arbiter.app.cfg, rehearsal.settings
+        cfg, settings = self.app.cfg, rehearsal.settings
         gc.unfreeze()
         try:
             if outcome:
@@ -171,17 +180,17 @@ class Supervisor:
             if settings.preload:
                 self._load(service)
             in_force.settings = settings
-            arbiter.app.reload()
+            self.app.reload()
         except BaseException as exc:  # a model may raise KeyboardInterrupt, too
-            arbiter.app.cfg = cfg
+            self.app.cfg = cfg
             if not self._is_stopping:
                 _refuse(str(exc), None if isinstance(exc, ModelError) else exc)
             return
         finally:
             in_force.settings = None
-        arbiter.app.callable = service if settings.preload else None
-        arbiter.setup(arbiter.app)
-        arbiter.log.reopen_files()
+        self.app.callable = service if settings.preload else None
+        self.setup(self.app)
+        self.log.reopen_files()
         self._reloading = settings
 
     def _load(self, service: Service) -> None:
@@ -192,7 +201,7 @@ class Supervisor:
             service.load()
         finally:
             self._is_loading = False
-            self._arbiter.init_signals()  # a model may set handlers of its own while it is loaded
+            self.init_signals()  # a model may set handlers of its own while it is loaded
         require_one_thread()
 
 
