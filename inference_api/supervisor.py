@@ -60,7 +60,7 @@ class Supervisor(Arbiter):  # type: ignore[misc] # Gunicorn has no types
         # A byte each that master and workers share. A worker gets the same SIGTERM when the service is shut down as
         # when the worker alone is replaced, and has to behave differently.
         arbiter.shutdown_flag = mmap.mmap(-1, 1)
-        arbiter.is_served = mmap.mmap(-1, 1)  # whether a worker is ready
+        arbiter.is_served = mmap.mmap(-1, 1)  # whether others serve until those that are about to come can
 
     def signal(self, number: int, frame: Any) -> None:
         """The handler of all signals: to be told to stop ends what is being loaded, which may take for ever."""
@@ -103,7 +103,8 @@ class Supervisor(Arbiter):  # type: ignore[misc] # Gunicorn has no types
         ours = [w for w in workers if w.cfg is self.cfg and w not in leaving]
         fresh = [w for w in ours if not w.says[IS_WORN_OUT]]
         serving = [w for w in ours if w.says[IS_READY]]
-        self._note_serving()
+        self.is_served[0] = any(w.says[IS_READY] for w in workers if w not in leaving)
+        self.was_served = self.was_served or self.is_served[0] > 0
         # Those that are worn out get successors while there are less than twice as many workers as there should be.
         self._spawn(max(number - len(ours), min(number - len(fresh), 2 * number - len(ours) - len(leaving))))
 
@@ -118,7 +119,6 @@ class Supervisor(Arbiter):  # type: ignore[misc] # Gunicorn has no types
             if time.monotonic() >= worker.tell_at:
                 worker.tell_at = time.monotonic() + TELL_AGAIN_SECONDS
                 self.kill_worker(worker.pid, signal.SIGTERM)
-        self._note_serving()
         if are_replaced and self._reloading is not None:
             log.info("reloaded", extra=effective(self._reloading, self.app.callable))
             self._reloading = None
@@ -140,12 +140,6 @@ class Supervisor(Arbiter):  # type: ignore[misc] # Gunicorn has no types
             self.reap_workers()  # the others
         if starting - self.WORKERS.keys():
             self._spawns_at = time.monotonic() + RESPAWN_SECONDS
-
-    def _note_serving(self) -> None:
-        """Tell workers that are about to come whether others serve until they can."""
-        is_served = any(w.says[IS_READY] and not w.is_leaving for w in self.WORKERS.values())
-        self.is_served[0] = is_served
-        self.was_served = self.was_served or is_served
 
     def _spawn(self, count: int) -> None:
         try:
