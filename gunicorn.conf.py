@@ -36,4 +36,3 @@ pre_fork = hooks.pre_fork
 post_fork = hooks.post_fork
 post_worker_init = hooks.post_worker_init
 worker_exit = hooks.worker_exit
-child_exit = hooks.child_exit

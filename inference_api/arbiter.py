@@ -93,10 +93,6 @@ class Hooks:
     def worker_exit(self, _arbiter: Any, worker: Any) -> None:
         worker.log.close()
 
-    def child_exit(self, _arbiter: Any, worker: Any) -> None:
-        worker.says[IS_READY] = 0
-        worker.metrics.free_slot(worker.metrics_slot)
-
 
 def _require_address(cfg: Any) -> None:
     """Refuse in one line an address that Gunicorn would try for five seconds and then name in the log alone."""

@@ -125,21 +125,21 @@ class Supervisor(Arbiter):  # type: ignore[misc] # Gunicorn has no types
 
     def reap_workers(self) -> None:
         """See to workers that have ended; one that cannot serve ends the service only where no other does."""
-        before = dict(self.WORKERS)
-        starting = {pid for pid, w in before.items() if not w.says[IS_READY] and not w.is_leaving}
+        before = set(self.WORKERS.values())
         try:
             super().reap_workers()
         except HaltServer:
-            for pid in before.keys() - self.WORKERS.keys():  # what Gunicorn has left out, for one of them
-                before[pid].tmp.close()
-                self.cfg.child_exit(self, before[pid])
             if not self._is_stopping:
                 if not any(w.says[IS_READY] for w in self.WORKERS.values()):
                     raise
                 log.error("a new worker cannot serve, the old ones serve on")
             self.reap_workers()  # the others
-        if starting - self.WORKERS.keys():
-            self._spawns_at = time.monotonic() + RESPAWN_SECONDS
+        finally:
+            for worker in before.difference(self.WORKERS.values()):
+                worker.tmp.close()  # which Gunicorn leaves out for one that cannot serve
+                worker.metrics.free_slot(worker.metrics_slot)
+                if not worker.says[IS_READY] and not worker.is_leaving:
+                    self._spawns_at = time.monotonic() + RESPAWN_SECONDS
 
     def _spawn(self, count: int) -> None:
         try:
@@ -148,7 +148,7 @@ class Supervisor(Arbiter):  # type: ignore[misc] # Gunicorn has no types
                 self.spawn_worker()
         except (OSError, RuntimeError) as exc:  # no descriptor, process or slot is left
             if self.forking is not None:
-                self.cfg.child_exit(self, self.forking)
+                self.forking.metrics.free_slot(self.forking.metrics_slot)
             if not self.WORKERS:
                 raise
             log.error("a new worker cannot be started, the old ones serve on: %s", exc)
