@@ -47,7 +47,7 @@ class Hooks:
         worker.settings = self.settings
         worker.shutdown_flag, worker.is_served = arbiter.shutdown_flag, arbiter.is_served
         worker.was_served = arbiter.was_served
-        worker.says, worker.say_worn_out = mmap.mmap(-1, 2), _say_worn_out
+        worker.says = mmap.mmap(-1, 2)
         worker.is_leaving, worker.tell_at = False, 0.0
         worker.metrics = shared_metrics(self.settings.model_paths)
         worker.metrics_slot = worker.metrics.take_slot()
@@ -60,6 +60,7 @@ class Hooks:
 
     def post_fork(self, _arbiter: Any, worker: Any) -> None:
         os.register_at_fork(after_in_child=partial(_leave_to_parent, worker))
+        worker.say_worn_out = partial(_say, worker, IS_WORN_OUT)
         worker.metrics.attach(worker.metrics_slot)
         worker.log.in_worker(worker.metrics if self.settings.metrics else None)
         if worker.app.callable is None:  # without PRELOAD: with the settings of the master, whatever .env says now
@@ -118,10 +119,6 @@ def _say(worker: Any, what: int) -> None:
     worker.says[what] = 1
     with suppress(OSError):  # it has gone
         os.kill(worker.ppid, signal.SIGCHLD)
-
-
-def _say_worn_out(worker: Any) -> None:
-    _say(worker, IS_WORN_OUT)
 
 
 def _leave_to_parent(worker: Any) -> None:

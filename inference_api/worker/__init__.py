@@ -91,7 +91,7 @@ class Worker(BaseWorker):  # type: ignore[misc] # Gunicorn has no types
             connect=connect,
             settings=settings,
             max_requests=self.max_requests,
-            on_max_requests=lambda: self.say_worn_out(self),
+            on_max_requests=self.say_worn_out,
             wake_fds=self.PIPE,
             writer=self.log.writer,
             metrics=self.metrics,
