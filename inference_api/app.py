@@ -110,7 +110,6 @@ class Service:
         self.schemas: list[Schema] = []
         self._starting_app = create_starting_app()
         self._app: Callable[[dict[str, Any], StartResponse], Iterable[bytes]] = self._starting_app
-        self._preparing: threading.Thread | None = None
 
     def __call__(self, environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
         environ["inference_api.start_response"] = start_response  # for an answer that comes later
@@ -136,17 +135,18 @@ class Service:
         self.schemas = load_schemas(self.settings)
         self._serve()
 
-    def start_preparing(self) -> threading.Thread:
+    def start_preparing(self, tell_ready: Callable[[], None] = lambda: None) -> threading.Thread:
         """Do in a thread what each worker does before it serves; a failure ends the process.
 
         Meanwhile /health and every other path answer 503.
         """
-        if self._preparing is None:
-            if any(getattr(schema.model, "warm_up", None) for schema in self.schemas):
-                self._app = self._starting_app
-            self._preparing = threading.Thread(target=self._prepare_or_exit, name="prepare-models", daemon=True)
-            self._preparing.start()
-        return self._preparing
+        if any(getattr(schema.model, "warm_up", None) for schema in self.schemas):
+            self._app = self._starting_app
+        preparing = threading.Thread(
+            target=self._prepare_or_exit, args=(tell_ready,), name="prepare-models", daemon=True
+        )
+        preparing.start()
+        return preparing
 
     def prepare(self) -> None:
         """Load the models, if that is still to do, and warm them up; raises ModelError."""
@@ -158,7 +158,7 @@ class Service:
         if not self.is_ready:
             self._serve()
 
-    def _prepare_or_exit(self) -> None:
+    def _prepare_or_exit(self, tell_ready: Callable[[], None]) -> None:
         try:
             self.prepare()
         except BaseException as exc:
@@ -167,6 +167,7 @@ class Service:
             print(f"inference_api: {exc}", file=sys.stderr, flush=True)  # noqa: T201 - for whoever starts it by hand
             logging.shutdown()  # os._exit() would not let the last line out
             os._exit(APP_LOAD_ERROR)
+        tell_ready()
 
     def _serve(self) -> None:
         self._app = create_app(self.settings, self.schemas, shared_metrics(self.settings.model_paths))

@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import sys
-import threading
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -68,23 +67,17 @@ class Hooks:
 
     def post_worker_init(self, worker: Any) -> None:
         signal.signal(signal.SIGHUP, lambda *_: None)  # the master's, but a terminal tells its whole process group
-        service = worker.wsgi
+        service, say_ready = worker.wsgi, partial(_say, worker, IS_READY)
         if not isinstance(service, Service):
-            _say(worker, IS_READY)
+            say_ready()
             return
-        preparing = service.start_preparing()
-
-        def announce() -> None:
-            preparing.join()
-            _say(worker, IS_READY)
-
+        preparing = service.start_preparing(say_ready)
         # One of Gunicorn's own has ended before its successor is started: rather than by 503, it answers late.
         is_late = self.settings.worker_class != OWN_WORKER_CLASS and self.settings.preload and worker.was_served
 
         def is_told() -> bool:
             return not worker.alive or worker.shutdown_flag[0] > 0
 
-        threading.Thread(target=announce, name="announce", daemon=True).start()
         while preparing.is_alive() and (worker.is_served[0] or is_late) and not is_told():
             worker.notify()
             preparing.join(HEARTBEAT_SECONDS)
