@@ -307,10 +307,6 @@ class Logger(glogging.Logger):  # type: ignore[misc] # Gunicorn has no types
         self.metrics = metrics
         self.writer.start()
 
-    def close(self) -> None:
-        """Write what is left; called as the last thing in a worker."""
-        self.writer.close()
-
     def setup(self, cfg: Any) -> None:
         """Called by Gunicorn at the start and at every reload."""
         self.cfg = cfg
