@@ -6,6 +6,7 @@ import pkgutil
 import re
 import sys
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -250,17 +251,13 @@ def _from_file() -> dict[str, str]:
     return {binding.key: binding.value or "" for binding in bindings if binding.key}
 
 
-class _InForce:
-    settings: Settings | None = None
-
-
-in_force = _InForce()
-"""At a reload its `settings` are what has been rehearsed: gunicorn.conf.py, executed anew, reads nothing else."""
+in_force: ContextVar[Settings | None] = ContextVar("in_force", default=None)
+"""At a reload, what has been rehearsed: gunicorn.conf.py, executed anew, reads nothing else."""
 
 
 def settings_or_exit() -> Settings:
     """The same for a start: a bad value ends the process with one line on stderr."""
     try:
-        return in_force.settings or read_settings()
+        return in_force.get() or read_settings()
     except SettingsError as exc:
         sys.exit(f"inference_api: {exc}")

@@ -173,7 +173,7 @@ class Supervisor(Arbiter):  # type: ignore[misc] # Gunicorn has no types
             service = Service(settings)
             if settings.preload:
                 self._load(service)
-            in_force.settings = settings
+            in_force.set(settings)
             self.app.reload()
         except BaseException as exc:  # a model may raise KeyboardInterrupt, too
             self.app.cfg = cfg
@@ -181,10 +181,9 @@ class Supervisor(Arbiter):  # type: ignore[misc] # Gunicorn has no types
                 _refuse(str(exc), None if isinstance(exc, ModelError) else exc)
             return
         finally:
-            in_force.settings = None
+            in_force.set(None)
         self.app.callable = service if settings.preload else None
         self.setup(self.app)
-        self.log.reopen_files()
         self._reloading = settings
 
     def _load(self, service: Service) -> None:
