@@ -221,14 +221,9 @@ class Rehearsal:
     def outcome(self) -> str | None:
         """None until it has ended; then why the models cannot be served, or an empty text."""
         has_ended = self._has_ended()  # asked first: it may tell and end in between
-        try:
-            told = os.read(self._readable, PIPE_BUF)
-        except BlockingIOError:
-            told = b""
-        if told == DONE:
-            return ""
-        if told:
-            return told.decode(errors="replace")
+        with suppress(BlockingIOError):
+            if told := os.read(self._readable, PIPE_BUF):
+                return told.removeprefix(DONE).decode(errors="replace")
         return "MODELS: the process that prepared them has died" if has_ended else None
 
     def close(self) -> None:
