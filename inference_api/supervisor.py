@@ -160,12 +160,10 @@ class Supervisor(Arbiter):  # type: ignore[misc] # Gunicorn has no types
             self._rehearsal = None
 
     def _go_on_reloading(self) -> None:
-        rehearsal = self._rehearsal
-        outcome = rehearsal.outcome() if rehearsal is not None else None
-        if rehearsal is None or outcome is None:
+        if self._rehearsal is None or (outcome := self._rehearsal.outcome()) is None:
             return
+        settings, cfg = self._rehearsal.settings, self.app.cfg
         self._cancel()
-        cfg, settings = self.app.cfg, rehearsal.settings
         gc.unfreeze()
         try:
             if outcome:
