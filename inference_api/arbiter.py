@@ -85,7 +85,7 @@ class Hooks:
             sys.exit(0)  # before it could serve; a shutdown that finds nobody else serving ends as it does in a worker
 
     def worker_exit(self, _arbiter: Any, worker: Any) -> None:
-        worker.log.writer.close()  # writes what is left
+        worker.log.writer.flush()
 
 
 def _require_address(cfg: Any) -> None:

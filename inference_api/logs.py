@@ -168,7 +168,8 @@ class LineWriter:
         self._lines: deque[str] = deque()
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
-        self._closing = False
+        self._flushed = threading.Event()  # set where nobody waits for it
+        self._flushed.set()
         try:
             is_regular = stat.S_ISREG(os.fstat(fd).st_mode)
         except OSError:
@@ -192,12 +193,12 @@ class LineWriter:
         else:
             self._drop(len(lines))
 
-    def close(self) -> None:
-        """Write what is left, for at most FLUSH_SECONDS."""
-        if self._thread is not None:
-            self._closing = True
+    def flush(self) -> None:
+        """Wait until what is there has been written, for at most FLUSH_SECONDS."""
+        if self._thread is not None and self._thread.is_alive():  # not in a process that a model forks
+            self._flushed = flushed = threading.Event()
             self._wake.set()
-            self._thread.join(FLUSH_SECONDS)
+            flushed.wait(FLUSH_SECONDS)
 
     def take_dropped(self) -> int:
         """How many lines were dropped since this was last called."""
@@ -220,13 +221,15 @@ class LineWriter:
             self.dropped += count
 
     def _run(self) -> None:
-        while self._lines or not self._closing:
+        while True:
             self._wake.wait()
-            if not self._closing:
+            if self._flushed.is_set():
                 time.sleep(GATHER_SECONDS)  # a write for many lines, and few switches between threads
             self._wake.clear()
+            flushed = self._flushed
             while self._lines:
                 self._write_some()
+            flushed.set()
 
     def _write_some(self) -> None:
         lines = [self._lines.popleft() for _ in range(min(len(self._lines), LINES_AT_ONCE))]
@@ -278,10 +281,9 @@ class _Handler(logging.Handler):
         except Exception:
             self.handleError(record)
 
-    def close(self) -> None:
-        """Called by `logging.shutdown()`."""
-        self.writer.close()
-        super().close()
+    def flush(self) -> None:
+        """Called by `logging.shutdown()`, and where a model configures logging anew."""
+        self.writer.flush()
 
 
 class Logger(glogging.Logger):  # type: ignore[misc] # Gunicorn has no types

@@ -75,7 +75,7 @@ def test_each_line_that_is_dropped_is_counted() -> None:
                 taken += writer.take_dropped()
     finally:
         sys.setswitchinterval(before)
-    writer.close()
+    writer.flush()
     os.close(writer.fd)
     assert taken + writer.take_dropped() == threads * lists * len(lines)
 
@@ -95,7 +95,7 @@ def test_of_a_write_that_breaks_off_the_rest_is_dropped(monkeypatch: pytest.Monk
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", write)
         writer.write(["a\n"] * 10)
-        writer.close()
+        writer.flush()
     os.close(writer.fd)
     assert written == [b"a\na\na\na"]
     assert writer.take_dropped() == 7
@@ -112,8 +112,22 @@ def test_lines_are_written_whole() -> None:
     received = b""
     while received.count(b"\n") < len(lines):
         received += os.read(readable, MAX_LINE_BYTES)
-    writer.close()
+    writer.flush()
     os.close(readable)
     os.close(writable)
     assert received == "".join(lines).encode()
     assert writer.take_dropped() == 0
+
+
+def test_lines_are_written_after_a_flush() -> None:
+    """A model that configures logging anew has all handlers flushed and closed."""
+    readable, writable = os.pipe()
+    os.set_blocking(readable, False)
+    writer = LineWriter(writable)
+    writer.start()
+    for line in (b"a\n", b"b\n"):
+        writer.write([line.decode()])
+        writer.flush()
+        assert os.read(readable, MAX_LINE_BYTES) == line
+    os.close(readable)
+    os.close(writable)
