@@ -170,11 +170,7 @@ class LineWriter:
         self._thread: threading.Thread | None = None
         self._flushed = threading.Event()  # set where nobody waits for it
         self._flushed.set()
-        try:
-            is_regular = stat.S_ISREG(os.fstat(fd).st_mode)
-        except OSError:
-            is_regular = False
-        self._write_bytes = MAX_WRITE_BYTES if is_regular else MAX_LINE_BYTES
+        self._write_bytes = MAX_WRITE_BYTES if stat.S_ISREG(os.fstat(fd).st_mode) else MAX_LINE_BYTES
 
     def start(self) -> None:
         """Write in a thread from now on; called in a worker, after the fork."""
