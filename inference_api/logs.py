@@ -133,24 +133,22 @@ def _as_text(fields: dict[Any, Any]) -> dict[str, Any]:
     return {str(name): value if is_number(value) else str(value) for name, value in fields.items()}
 
 
-class JSONFormatter(logging.Formatter):
+def record_fields(record: logging.LogRecord) -> dict[str, Any]:
     """A record as a dict: the fixed fields first, then the request's, then those given as `extra`."""
-
-    def fields(self, record: logging.LogRecord) -> dict[str, Any]:
-        fields: dict[str, Any] = {
-            "time": timestamp(record.created),
-            "level": record.levelname,
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
-        if (environ := serving.environ) is not None:
-            fields["request_id"] = problems.request_id(environ)
-            if trace := trace_id(environ.get("HTTP_TRACEPARENT")):
-                fields["trace_id"] = trace
-        fields.update((name, value) for name, value in vars(record).items() if name not in _STANDARD_ATTRIBUTES)
-        if record.exc_info:
-            fields["exception"] = self.formatException(record.exc_info)
-        return fields
+    fields: dict[str, Any] = {
+        "time": timestamp(record.created),
+        "level": record.levelname,
+        "logger": record.name,
+        "message": record.getMessage(),
+    }
+    if (environ := serving.environ) is not None:
+        fields["request_id"] = problems.request_id(environ)
+        if trace := trace_id(environ.get("HTTP_TRACEPARENT")):
+            fields["trace_id"] = trace
+    fields.update((name, value) for name, value in vars(record).items() if name not in _STANDARD_ATTRIBUTES)
+    if record.exc_info:
+        fields["exception"] = logging.Formatter().formatException(record.exc_info)
+    return fields
 
 
 class LineWriter:
@@ -269,11 +267,10 @@ class _Handler(logging.Handler):
     def __init__(self, writer: LineWriter) -> None:
         super().__init__()
         self.writer = writer
-        self.json = JSONFormatter()
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            self.writer.write([json_line(self.json.fields(record))])
+            self.writer.write([json_line(record_fields(record))])
         except Exception:
             self.handleError(record)
 

@@ -11,7 +11,7 @@ import pytest
 
 from inference_api.app import Service, create_starting_app
 from inference_api.config import Settings
-from inference_api.logs import JSONFormatter
+from inference_api.logs import record_fields
 from tests import fakes
 from tests.app.client import Client, call, call_app, problem
 
@@ -185,7 +185,7 @@ class Lines(logging.Handler):
         self.fields: list[dict[str, Any]] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.fields.append(JSONFormatter().fields(record))
+        self.fields.append(record_fields(record))
 
 
 @pytest.fixture
