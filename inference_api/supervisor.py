@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from io import FileIO
 from operator import attrgetter
 from pathlib import Path
 from select import PIPE_BUF
@@ -202,31 +203,26 @@ class Rehearsal:
     def __init__(self, settings: Settings, listeners: Sequence[Any]) -> None:
         self.settings = settings
         self._master_pid = os.getpid()
-        self._readable, writable = os.pipe()
-        os.set_blocking(self._readable, False)
-        try:
+        readable, writable = os.pipe()
+        os.set_blocking(readable, False)
+        self._told = FileIO(readable)
+        with FileIO(writable, "w") as tell:
             self._pid = os.fork()
             if not self._pid:
-                self._run(writable, listeners)
-        except OSError:
-            os.close(self._readable)
-            raise
-        finally:
-            os.close(writable)
+                self._run(tell, listeners)
         with suppress(OSError):  # it does the same itself: whoever is first
             os.setpgid(self._pid, self._pid)
 
     def outcome(self) -> str | None:
         """None until it has ended; then why the models cannot be served, or an empty text."""
         has_ended = self._has_ended()  # asked first: it may tell and end in between
-        with suppress(BlockingIOError):
-            if told := os.read(self._readable, PIPE_BUF):
-                return told.removeprefix(DONE).decode(errors="replace")
+        if told := self._told.read(PIPE_BUF):  # None where there is nothing yet
+            return told.removeprefix(DONE).decode(errors="replace")
         return "MODELS: the process that prepared them has died" if has_ended else None
 
     def close(self) -> None:
         """End it, and whatever the models have started in it."""
-        os.close(self._readable)
+        self._told.close()
         with suppress(ProcessLookupError):
             os.killpg(self._pid, signal.SIGKILL)
 
@@ -236,7 +232,7 @@ class Rehearsal:
         except ChildProcessError:  # Gunicorn has waited for it, as for all children
             return True
 
-    def _run(self, writable: int, listeners: Sequence[Any]) -> NoReturn:
+    def _run(self, tell: FileIO, listeners: Sequence[Any]) -> NoReturn:
         try:
             os.setpgid(0, 0)
             for number in STOP_SIGNALS:
@@ -246,17 +242,17 @@ class Rehearsal:
             service = Service(self.settings)
             failure = _failure_of(service.load, require_one_thread) if self.settings.preload else b""
             if failure:
-                os.write(writable, failure)
+                tell.write(failure)
             else:
-                self._prepare(service, writable)
+                self._prepare(service, tell)
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(os.getpid(), signal.SIGKILL)  # with all that the models have started
             os._exit(1)
 
-    def _prepare(self, service: Service, writable: int) -> None:
+    def _prepare(self, service: Service, tell: FileIO) -> None:
         preparing = threading.Thread(  # as in a worker
-            target=lambda: os.write(writable, _failure_of(service.prepare) or DONE), daemon=True
+            target=lambda: tell.write(_failure_of(service.prepare) or DONE), daemon=True
         )
         preparing.start()
         while preparing.is_alive() and os.getppid() == self._master_pid:
