@@ -308,16 +308,12 @@ class Loop:
         exchange.deadline = connection.expires = self._now + self._settings.request_timeout
         if connection.held_bytes or exchange.body_bytes > MIN_COUNTED_BYTES:
             self._connections.hold(connection, exchange.body_bytes)
-        if exchange.method in _GET_METHODS:  # health never waits behind predictions
+        if exchange.method in _GET_METHODS:  # health never waits behind predictions, nor is it refused
             self._journal.write()  # whoever asks for the metrics finds there what has been answered before
             exchange.environ["inference_api.state"] = self._lifecycle.state
-            pool = self._get_pool
-            reason = None if len(pool.jobs) < self._settings.max_pending else "pending"
-        else:
-            pool = self._pool
-            reason = self._admission.enter(exchange)
-        if reason is None:
-            pool.submit(exchange)
+            self._get_pool.submit(exchange)
+        elif (reason := self._admission.enter(exchange)) is None:
+            self._pool.submit(exchange)
         else:
             self._shed(connection, exchange, reason)
 

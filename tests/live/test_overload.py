@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -253,6 +254,19 @@ def test_more_than_max_pending_are_refused_by_count(tmp_path_factory: pytest.Tem
         assert service.request("POST", "/hold", body).status == 200
         for client in clients:
             client.close()
+
+
+def test_many_balancers_may_ask_at_once(tmp_path: Path) -> None:
+    """MAX_PENDING is for predictions: /health is answered to all that ask, however many."""
+    with running(tmp_path, MODELS, **(VARIABLES | {"MAX_PENDING": "1"})) as service, contextlib.ExitStack() as stack:
+        balancers = [http.client.HTTPConnection("127.0.0.1", service.port, timeout=LIMIT_SECONDS) for _ in range(64)]
+        for balancer in balancers:
+            stack.callback(balancer.close)
+        for _ in range(10):
+            for balancer in balancers:
+                balancer.request("GET", "/health")
+            responses = [balancer.getresponse() for balancer in balancers]
+            assert {(response.status, response.read()) for response in responses} == {(200, b'{"status":"healthy"}')}
 
 
 def test_a_queue_leaves_connections_for_health(tmp_path_factory: pytest.TempPathFactory) -> None:
