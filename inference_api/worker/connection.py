@@ -52,8 +52,8 @@ class Connection:
         self._scheme_fields = scheme_fields  # by which a trusted proxy says that its client came by https
         self._searched = 0  # bytes of `buffer` in which no end of a head begins
         self._known_head = b""  # with its empty line
-        self._head = Head({}, False, False, 0, False)
-        self._environ: dict[str, Any] | None = None  # of a request whose head has come and whose body has not
+        self._head = Head(False, False, 0, False)
+        self._environ = base  # with what has been understood of the head that came last, if only in part
         self._body: SizedBody | ChunkedBody | None = None
 
     def next_request(self, data: bytes) -> Exchange | None:
@@ -64,13 +64,11 @@ class Connection:
         if self._body is None:
             data = self.buffer + data
             if self._known_head and data.startswith(self._known_head):
-                self._environ = self._head.environ
                 data = data[len(self._known_head) :]
             elif (rest := self._read_head(data)) is not None:
                 data = rest
             else:
                 return None
-            self._searched = 0
             length = self._head.body_bytes
             if length is not None and len(data) >= length:
                 self.buffer = data[length:]
@@ -86,6 +84,7 @@ class Connection:
 
     def _read_head(self, data: bytes) -> bytes | None:
         """Read the head of a request; returns the bytes after it, or None where it has not come."""
+        self._environ, self._known_head = self._base.copy(), b""
         if data.startswith(b"\r\n"):  # RFC 9112 §2.2: empty lines before a request are ignored
             data = _EMPTY_LINES.sub(b"", data, 1)
             self._searched = 0
@@ -95,7 +94,7 @@ class Connection:
             self._parser.check_partial(data, self._searched)
             self._searched = max(0, len(data) - 3)
             return None
-        self._environ, self._known_head = self._base.copy(), b""
+        self._searched = 0
         self._head = self._parser.parse(data[:end], self._environ, self._scheme_fields)
         if end <= MAX_KNOWN_HEAD_BYTES:
             self._known_head = data[: end + 4]
@@ -103,17 +102,17 @@ class Connection:
 
     def _exchange(self, body: bytes) -> Exchange:
         head = self._head
-        environ = head.environ.copy()
+        environ = self._environ.copy()
         if head.body_bytes is None:  # the application is given the decoded body
             environ["CONTENT_LENGTH"] = str(len(body))
             del environ["HTTP_TRANSFER_ENCODING"]
-        self._environ = self._body = None
+        self._body = None
         return Exchange(self, environ, body, head.is_http11, head.keep_alive)
 
     def refused(self) -> Exchange:
         """A stand-in for a request that could not be read, so that its refusal is answered and logged like others."""
         self._body = None  # the connection may linger: what has come of the body is not kept meanwhile
-        known = {"REQUEST_METHOD": "", "PATH_INFO": "", **(self._environ or {})}
+        known = {"REQUEST_METHOD": "", "PATH_INFO": "", **self._environ}
         return Exchange(self, known, b"", is_http11=True, keep_alive=False)
 
     def forget(self) -> None:
@@ -121,12 +120,12 @@ class Connection:
         self.exchange = None  # which refers back to it
         self.output.clear()
         self.buffer = b""
-        self._environ = self._body = None
+        self._body = None
 
     @property
     def is_within_request(self) -> bool:
         """Whether part of a request has come."""
-        return bool(self.buffer) or self._environ is not None
+        return bool(self.buffer) or self._body is not None
 
     @property
     def unfinished_bytes(self) -> int:

@@ -42,7 +42,6 @@ class Refusal(Exception):  # noqa: N818 - an answer, not an accident
 class Head(NamedTuple):
     """What the head of a request says."""
 
-    environ: dict[str, Any]
     is_http11: bool
     keep_alive: bool
     body_bytes: int | None  # None: chunked
@@ -75,7 +74,7 @@ class RequestParser:
             raise Refusal(431, _HEAD_TOO_LONG)
 
     def parse(self, head: bytes, environ: dict[str, Any], scheme_fields: Sequence[tuple[str, str]] = ()) -> Head:
-        """Read a whole head, without its empty line, into `environ`, where stands what was understood if it is refused.
+        """Read a whole head, without its empty line; `environ` is given what is understood, also if it is refused.
 
         `scheme_fields` are those by which a trusted proxy says that its client came by https.
         """
@@ -114,7 +113,7 @@ class RequestParser:
         if options is not None:
             tokens = {token.strip("\t ") for token in options.lower().split(",")}
             keep_alive = "close" not in tokens and (is_http11 or "keep-alive" in tokens)
-        return Head(environ, is_http11, keep_alive, body_bytes, is_http11 and expectation is not None)
+        return Head(is_http11, keep_alive, body_bytes, is_http11 and expectation is not None)
 
     def _check_sizes(self, lines: list[str]) -> None:
         if len(lines[0]) > self._max_line_bytes:
