@@ -23,8 +23,8 @@ _REQUEST_LINE = re.compile(rf"({_NAME}) ([\x21\x22\x24-\x7e]+) HTTP/([0-9])\.([0
 _FIELD_NAME = re.compile(_NAME)
 _FIELD_VALUE = re.compile(_VALUE)
 _ILL_BEGUN = re.compile(rb"\A[^!#$%&'*+\-.^_`|~0-9A-Za-z\r]|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n|\r(?!\n|\Z)")
-_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})[\t ]*(?:;%b)?" % _VALUE.encode())
-_TRAILER_LINE = re.compile(f"{_NAME}:{_VALUE}".encode())
+_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})[\t ]*(?:;%b)?\r\n" % _VALUE.encode())
+_TRAILER_LINE = re.compile(rf"(?:{_NAME}:{_VALUE})?\r\n".encode())
 _HOST = re.compile(r"(?:[A-Za-z0-9\-._~!$&'()*+,;=%]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?")
 _HEAD_TOO_LONG = f"The header section may have at most {MAX_HEAD_BYTES} bytes."
 _SINGLE_FIELDS = frozenset({"HTTP_HOST", "CONTENT_LENGTH", "CONTENT_TYPE"})
@@ -222,61 +222,44 @@ class ChunkedBody:
     def __init__(self, max_body_bytes: int) -> None:
         self.content = bytearray()
         self._max_body_bytes = max_body_bytes
-        self._line = b""  # the beginning of a line
-        self._left = 0  # bytes of the current chunk still to come
-        self._is_in_chunk = False  # or at its CRLF
-        self._trailer_bytes = -1  # none yet: the last chunk has not come
+        self._left = 0  # bytes of the current chunk still to come, with its CRLF
+        self._line = b""  # the beginning of one
+        self._pattern = _CHUNK_LINE  # of the next line
+        self._max_line_bytes = MAX_CHUNK_LINE_BYTES
 
     def feed(self, data: bytes) -> bytes | None:
         """Take more bytes; returns those after the end of the body, or None where it has not come."""
-        data = self._line + data
+        data, self._line = self._line + data, b""
         at = 0
         while True:
-            if self._is_in_chunk:
+            if self._left:
                 piece = data[at : at + self._left]
                 self.content += piece
                 self._left -= len(piece)
+                if self._left < 2 and not self.content.endswith(b"\r\n"[: 2 - self._left]):
+                    raise Refusal(400, "A chunk does not end where it says.")
+                if self._left:
+                    return None
+                del self.content[-2:]
                 at += len(piece)
-                crlf = data[at : at + 2]
-                if crlf != b"\r\n":
-                    if self._left == 0 and not b"\r\n".startswith(crlf):
-                        raise Refusal(400, "A chunk does not end where it says.")
-                    break
-                self._is_in_chunk = False
-                at += 2
-            end = data.find(b"\n", at)
-            is_trailer = self._trailer_bytes >= 0
-            length = (end if end >= 0 else len(data)) - at
-            if length > (MAX_TRAILER_BYTES if is_trailer else MAX_CHUNK_LINE_BYTES):
-                raise Refusal(400, "A line of the chunked body is too long.")
-            if end < 0:
-                break
-            if data[end - 1 : end] != b"\r" or not length:
-                raise Refusal(400, "A line of the chunked body does not end in CRLF.")
-            line = data[at : end - 1]
-            at = end + 1
-            if not is_trailer:
-                self._begin_chunk(line)
-            elif line:
-                self._check_trailer(line)
-            else:
+            line = self._pattern.match(data, at, at + self._max_line_bytes)
+            if line is None:
+                self._line = data[at:]
+                if b"\n" in self._line or len(self._line) >= self._max_line_bytes:
+                    raise Refusal(400, "A line of the chunked body is not valid, or too long.")
+                return None
+            at = line.end()
+            if self._pattern is _CHUNK_LINE:
+                self._begin_chunk(int(line[1], 16))
+            elif line[0] == b"\r\n":
                 return data[at:]
-        self._line = data[at:]
-        return None
+            else:
+                self._max_line_bytes -= len(line[0])  # trailers are bounded together
 
-    def _begin_chunk(self, line: bytes) -> None:
-        match = _CHUNK_LINE.fullmatch(line)
-        if match is None:
-            raise Refusal(400, "A chunk size is not valid.")
-        self._left = int(match[1], 16)
-        if self._left == 0:
-            self._trailer_bytes = 0
-        elif len(self.content) + self._left > self._max_body_bytes:
+    def _begin_chunk(self, size: int) -> None:
+        if len(self.content) + size > self._max_body_bytes:
             raise _body_too_large(self._max_body_bytes)
+        if size:
+            self._left = size + 2
         else:
-            self._is_in_chunk = True
-
-    def _check_trailer(self, line: bytes) -> None:
-        self._trailer_bytes += len(line)
-        if self._trailer_bytes > MAX_TRAILER_BYTES or not _TRAILER_LINE.fullmatch(line):
-            raise Refusal(400, "A trailer field is not valid.")
+            self._pattern, self._max_line_bytes = _TRAILER_LINE, MAX_TRAILER_BYTES
