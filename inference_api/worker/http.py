@@ -26,7 +26,6 @@ _ILL_BEGUN = re.compile(rb"\A[^!#$%&'*+\-.^_`|~0-9A-Za-z\r]|[\x00-\x08\x0b\x0c\x
 _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})[\t ]*(?:;%b)?\r\n" % _VALUE.encode())
 _TRAILER_LINE = re.compile(rf"(?:{_NAME}:{_VALUE})?\r\n".encode())
 _HOST = re.compile(r"(?:[A-Za-z0-9\-._~!$&'()*+,;=%]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?")
-_HEAD_TOO_LONG = f"The header section may have at most {MAX_HEAD_BYTES} bytes."
 _SINGLE_FIELDS = frozenset({"HTTP_HOST", "CONTENT_LENGTH", "CONTENT_TYPE"})
 
 
@@ -65,13 +64,10 @@ class RequestParser:
         """
         if _ILL_BEGUN.search(head, start):
             raise Refusal(400, "The request is not HTTP/1.1.")
-        end = head.find(b"\r\n", 0, self._max_line_bytes + 2)
-        if end >= 0:
-            (_request_line if end <= self._short_bytes else _request_line.__wrapped__)(head[:end].decode("latin-1"))
-        elif len(head) > self._max_line_bytes + 1:
-            raise self._line_too_long()
-        if len(head) > MAX_HEAD_BYTES:
-            raise Refusal(431, _HEAD_TOO_LONG)
+        line, crlf, _ = head.partition(b"\r\n")
+        self._check_sizes(len(head), len(line.removesuffix(b"\r")))
+        if crlf:
+            _request_line.__wrapped__(line.decode("latin-1"))
 
     def parse(self, head: bytes, environ: dict[str, Any], scheme_fields: Sequence[tuple[str, str]] = ()) -> Head:
         """Read a whole head, without its empty line; `environ` is given what is understood, also if it is refused.
@@ -81,7 +77,7 @@ class RequestParser:
         lines = head.decode("latin-1").split("\r\n")
         is_short = len(head) <= self._short_bytes
         if not is_short:
-            self._check_sizes(lines)
+            self._check_sizes(len(head), len(lines[0]), max(map(len, lines[1:]), default=0))
         variables, is_http11, authority = (_request_line if is_short else _request_line.__wrapped__)(lines[0])
         environ.update(variables)
         if len(lines) - 1 > self._max_fields:
@@ -115,16 +111,14 @@ class RequestParser:
             keep_alive = "close" not in tokens and (is_http11 or "keep-alive" in tokens)
         return Head(is_http11, keep_alive, body_bytes, is_http11 and expectation is not None)
 
-    def _check_sizes(self, lines: list[str]) -> None:
-        if len(lines[0]) > self._max_line_bytes:
-            raise self._line_too_long()
-        if sum(map(len, lines)) > MAX_HEAD_BYTES:
-            raise Refusal(431, _HEAD_TOO_LONG)
-        if max(map(len, lines[1:]), default=0) > self._max_field_bytes:
+    def _check_sizes(self, head_bytes: int, line_bytes: int, field_bytes: int = 0) -> None:
+        """Refuse a head whose request line, or whose longest field, is too long, or all of it."""
+        if line_bytes > self._max_line_bytes:
+            raise Refusal(414, f"The request line may have at most {self._max_line_bytes} bytes.")
+        if head_bytes > MAX_HEAD_BYTES:
+            raise Refusal(431, f"The header section may have at most {MAX_HEAD_BYTES} bytes.")
+        if field_bytes > self._max_field_bytes:
             raise Refusal(431, f"A header field may have at most {self._max_field_bytes} bytes.")
-
-    def _line_too_long(self) -> Refusal:
-        return Refusal(414, f"The request line may have at most {self._max_line_bytes} bytes.")
 
     def _body_bytes(self, environ: dict[str, Any], is_http11: bool) -> int | None:
         """RFC 9112 §6.3."""
