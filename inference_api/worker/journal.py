@@ -26,7 +26,6 @@ class Journal:
         self._has_lines = settings.access_log and logging.getLogger().isEnabledFor(logging.INFO)
         self.entries: list[tuple[Exchange, int, float]] = []  # still to be told of
         self._is_silent = self._metrics is None and not self._has_lines
-        self._is_batch = False  # the last of them came with a batch
 
     def record(self, exchange: Exchange, now: float) -> None:
         """Tell of a request, whatever has become of it."""
@@ -36,11 +35,11 @@ class Journal:
         ended = exchange.ended  # it may have been run in this very turn
         # With its status of now: of one that is given up, the application may still set another.
         self.entries.append((exchange, exchange.status, (ended if ended > now else now) - exchange.arrived))
-        self._is_batch = exchange.waited_seconds > 0.0
 
     def write_after_turn(self) -> None:
         """The same as `write`, but not yet after a batch: its clients ask again, and the next batch waits for that."""
-        if not self._is_batch or len(self.entries) >= MAX_ENTRIES:
+        entries = self.entries
+        if entries and (not entries[-1][0].waited_seconds or len(entries) >= MAX_ENTRIES):
             self.write()
 
     def write(self) -> None:
