@@ -24,7 +24,6 @@ MAX_STREAM_BYTES = 1_048_576
 """Bytes of a streamed answer that may wait for the client before the application is made to wait."""
 PIECE_BYTES = 4_096
 """What each of its pieces counts for besides: millions of small ones would keep all others waiting."""
-STREAM_CHECK_SECONDS = 1.0
 MEMO_STATUSES = 32
 MEMO_NAMES = 64
 
@@ -62,7 +61,7 @@ class Exchange:
     """
 
     __slots__ = (
-        "_headers", "_is_bodiless", "_is_chunked", "_left", "_outbox", "_status_line", "_waiting_since", "abandoned",
+        "_headers", "_is_bodiless", "_left", "_outbox", "_status_line", "_waiting_since", "abandoned",
         "arrived", "body_bytes", "connection", "cost", "deadline", "ended", "environ", "is_http11", "is_waiting",
         "keep_alive", "later", "method", "model", "path", "place", "pool", "produced_bytes", "request_id", "room",
         "sent_bytes", "started", "status", "traceparent", "waited_seconds",
@@ -177,7 +176,6 @@ class Exchange:
 
     def write(self, data: bytes) -> None:
         """Send a piece of the body now; waits where the client does not keep up. PEP 3333's write()."""
-        excess = b""
         if self.abandoned:
             raise GoneError
         if self.ended:
@@ -186,16 +184,28 @@ class Exchange:
             raise TypeError("a piece of the body is not bytes")
         if not data:
             return
-        piece = self._stream_head() if self.room is None else b""
-        if not self._is_bodiless:
-            if self._left is not None:
-                data, excess = data[: self._left], data[self._left :]
-                self._left -= len(data)
-            piece += b"%x\r\n%b\r\n" % (len(data), data) if self._is_chunked else data
-        if piece:
-            self._deliver(piece)
+        piece, excess, room = b"", b"", self.room
+        if room is None:
+            piece = self._open(None)
+            room = self.room = threading.Event()
+            self.produced_bytes = self.sent_bytes = 0
+        if self._is_bodiless:
+            data = b""
+        elif self._left is not None:
+            data, excess = data[: self._left], data[self._left :]
+            self._left -= len(data)
+        elif self.is_http11:
+            data = b"%x\r\n%b\r\n" % (len(data), data)
+        piece += data
+        self.produced_bytes += len(piece) + PIECE_BYTES
+        self._outbox.deliver(self, piece, False)
         if excess:
             raise ValueError("the body is longer than its Content-Length")
+        while self.produced_bytes - self.sent_bytes > MAX_STREAM_BYTES:
+            if self.abandoned:
+                raise GoneError
+            room.wait()  # which also ends once it is abandoned
+            room.clear()
 
     def was_sent(self, count: int, *, is_whole: bool) -> None:
         """So many bytes of a piece are with the socket, its last ones or not; called by the I/O thread."""
@@ -212,10 +222,12 @@ class Exchange:
             self.write(data)
         if self.room is None:
             self._send_whole(b"")
-        elif self._left and not self._is_bodiless:
-            raise ValueError("the body is shorter than its Content-Length")
+        elif self._is_bodiless or self._left == 0:
+            self._end(b"")
+        elif self._left is None:
+            self._end(b"0\r\n\r\n" if self.is_http11 else b"")
         else:
-            self._end(b"0\r\n\r\n" if self._is_chunked else b"")
+            raise ValueError("the body is shorter than its Content-Length")
 
     def _give_up(self) -> None:
         """End the answer after a failure: with a problem where nothing has been sent, else cut off."""
@@ -229,52 +241,34 @@ class Exchange:
 
     def _send_whole(self, body: bytes) -> None:
         """The usual case: the head, and all of the body with it."""
-        status, headers = self._open(), self._headers
-        if self._left is None:
-            if not self._is_bodiless or (body and self.status not in _BODILESS):
-                headers = [*headers, ("Content-Length", str(len(body)))]
-        elif self._left != len(body) and not self._is_bodiless:
-            raise ValueError("the body is not as long as its Content-Length")
-        self._end(head(status, headers, self) + (b"" if self._is_bodiless else body))
+        self._end(self._open(body) + (b"" if self._is_bodiless else body))
 
-    def _stream_head(self) -> bytes:
-        """The head before pieces of a body."""
-        status, headers = self._open(), self._headers
-        self.produced_bytes = self.sent_bytes = 0
-        self._is_chunked = False
-        if self._left is None and not self._is_bodiless:
-            if self.is_http11:
-                self._is_chunked = True
-                headers = [*headers, ("Transfer-Encoding", "chunked")]
-            else:
-                self.keep_alive = False
-        self.room = threading.Event()
-        return head(status, headers, self)
-
-    def _open(self) -> str:
+    def _open(self, body: bytes | None) -> bytes:
+        """The head of the answer: before all of its body or, where that is None, before pieces of it."""
         status = self._status_line
         if status is None:
             raise AssertionError("the application did not call start_response() before its first piece of body")
+        headers = self._headers
         self._is_bodiless = self.method == "HEAD" or self.status in _BODILESS
-        if self.status == 204 and self._left is not None:  # RFC 9110 §8.6
-            self._headers = [field for field in self._headers if field[0].lower() != "content-length"]
         if self._outbox.closing:
             self.keep_alive = False
-        return status
+        if self._left is not None:
+            if self.status == 204:  # RFC 9110 §8.6
+                headers = [field for field in headers if field[0].lower() != "content-length"]
+            elif body is not None and len(body) != self._left and not self._is_bodiless:
+                raise ValueError("the body is not as long as its Content-Length")
+        elif body is not None:
+            if self.status not in _BODILESS and (body or self.method != "HEAD"):
+                headers = [*headers, ("Content-Length", str(len(body)))]
+        elif self.is_http11 and not self._is_bodiless:
+            headers = [*headers, ("Transfer-Encoding", "chunked")]
+        elif not self._is_bodiless:
+            self.keep_alive = False  # which tells where the body ends
+        return head(status, headers, self)
 
     def _end(self, data: bytes | None) -> None:
         self.ended = time.monotonic()
         self._outbox.deliver(self, data, True)
-
-    def _deliver(self, data: bytes) -> None:
-        self.produced_bytes += len(data) + PIECE_BYTES
-        self._outbox.deliver(self, data, False)
-        assert self.room is not None  # noqa: S101 - for the type checker
-        while self.produced_bytes - self.sent_bytes > MAX_STREAM_BYTES:
-            self.room.wait(STREAM_CHECK_SECONDS)
-            self.room.clear()
-            if self.abandoned:
-                raise GoneError
 
 
 def head(status: str, headers: Headers, exchange: Exchange) -> bytes:
