@@ -7,10 +7,10 @@ import math
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Sized
 from email.utils import formatdate
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any
 from wsgiref.util import is_hop_by_hop
 
 from inference_api import problems
@@ -42,15 +42,6 @@ _SERVERS_OWN = frozenset({"date", "server"})
 
 class GoneError(Exception):
     """Nobody waits for the rest of a streamed answer: the client has gone, or the deadline has passed."""
-
-
-class Later(Protocol):
-    """What an application may return rather than make a thread wait: an iterable whose items are still to come."""
-
-    def when_ready(self, tell: Callable[[], None]) -> None:
-        """Have them made; `tell` is called, in any thread, once to iterate no longer waits. Never raises."""
-
-    def __iter__(self) -> Iterator[bytes]: ...
 
 
 class Exchange:
@@ -89,7 +80,7 @@ class Exchange:
         self.ended = 0.0  # when the last piece of the answer was handed to the I/O thread
         self.room: threading.Event | None = None  # for more of an answer that is sent in pieces, once it has begun
         self._status_line: str | None = None
-        self.later: Later | None = None  # the answer, while it is yet to come and no thread waits for it
+        self.later: Any = None  # the answer, while it is yet to come and no thread waits for it
         environ["wsgi.input"] = io.BytesIO(body)
         environ["inference_api.caller"] = self
 
@@ -101,25 +92,24 @@ class Exchange:
     def run(self, application: Application, environ: dict[str, Any], outbox: "Outbox") -> None:
         """Call the application and send what it gives; its close() is always called. Never raises.
 
-        Where the answer is to come `later`, and the I/O thread runs this, it returns before: `begin` then has the
-        answer made, and this is to be called again to send it.
+        An application may return an iterable that has `when_ready` and whose items are still to come. Where the I/O
+        thread runs this, it returns before: `begin` then has them made, and this is to be called again to send them.
         """
         self._outbox = outbox
         try:
-            if self.later is None:
+            result = self.later
+            if result is None:
                 result = application(environ, self.start_response)
-            else:
-                result = self.later
-                self.waited_seconds = time.monotonic() - self._waiting_since if self.place is not None else math.inf
-            if type(result) is list and self.room is None:  # nearly always; it has no close()
-                self._send_whole(b"".join(result))
-                return
-            if self.later is None and hasattr(result, "when_ready"):
-                if self.place is not None:  # no thread is to wait for it
-                    self.later = cast(Later, result)
-                    self._waiting_since: float = time.monotonic()
+                if type(result) is list and self.room is None:  # nearly always; it has no close()
+                    self._send_whole(b"".join(result))
                     return
-                self.waited_seconds = math.inf  # it is not known how much of its time: its thread is going to wait
+                if hasattr(result, "when_ready"):
+                    self.waited_seconds = math.inf  # it is not known how much of its time, if its thread waits
+                    if self.place is not None:  # no thread is to wait for it
+                        self.later, self._waiting_since = result, time.monotonic()
+                        return
+            elif self.place is not None:
+                self.waited_seconds = time.monotonic() - self._waiting_since
             try:
                 self._finish(result)
             finally:
@@ -133,9 +123,8 @@ class Exchange:
             self._give_up()
 
     def begin(self) -> None:
-        """Have made what is to come later; the I/O thread is told to run this again once it is there."""
-        if self.later is not None:
-            self.later.when_ready(lambda: self._outbox.resume(self))
+        """Have made what is to come later; the I/O thread is told, by any thread, once to iterate no longer waits."""
+        self.later.when_ready(lambda: self._outbox.resume(self))
 
     def start_response(self, status: str, headers: Headers, exc_info: ExcInfo | None = None) -> Callable[[bytes], None]:
         """PEP 3333's start_response; raises AssertionError or ValueError for what an application may not do."""
