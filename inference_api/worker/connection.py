@@ -6,13 +6,11 @@ import socket
 from collections.abc import Sequence
 from typing import Any
 
-from inference_api.worker.http import ChunkedBody, Head, RequestParser, SizedBody
+from inference_api.worker.http import MEMO_HEAD_BYTES, ChunkedBody, Head, RequestParser, SizedBody
 from inference_api.worker.wsgi import Exchange
 
 MAX_PIPELINED_BYTES = 65_536
 """Bytes of further requests read while one is being answered."""
-MAX_KNOWN_HEAD_BYTES = 2_048
-"""Clients repeat themselves: the last head of a connection, up to this size, is remembered with its meaning."""
 
 _EMPTY_LINES = re.compile(rb"(?:\r\n)*")
 
@@ -96,7 +94,7 @@ class Connection:
             return None
         self._searched = 0
         self._head = self._parser.parse(data[:end], self._environ, self._scheme_fields)
-        if end <= MAX_KNOWN_HEAD_BYTES:
+        if end <= MEMO_HEAD_BYTES:
             self._known_head = data[: end + 4]
         return data[end + 4 :]
 

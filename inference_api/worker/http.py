@@ -15,7 +15,7 @@ MAX_TRAILER_BYTES = 8_192
 MEMO_LINES = 1_024
 MEMO_NAME_BYTES = 64
 MEMO_HEAD_BYTES = 4_096
-"""Lines recur, on a connection and between clients: what those of a head of at most this size mean is remembered."""
+"""Lines recur between clients, and whole heads on a connection: what one of at most this size means is remembered."""
 
 _NAME = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # a token, RFC 9110 §5.6.2
 _VALUE = r"[\t\x20-\x7e\x80-\xff]*"  # RFC 9110 §5.5
