@@ -35,7 +35,6 @@ class Refusal(Exception):  # noqa: N818 - an answer, not an accident
     def __init__(self, status: int, detail: str) -> None:
         super().__init__(detail)
         self.status = status
-        self.detail = detail
 
 
 class Head(NamedTuple):
@@ -74,16 +73,16 @@ class RequestParser:
 
         `scheme_fields` are those by which a trusted proxy says that its client came by https.
         """
-        lines = head.decode("latin-1").split("\r\n")
+        fields = head.decode("latin-1").split("\r\n")
+        line = fields.pop(0)
         is_short = len(head) <= self._short_bytes
         if not is_short:
-            self._check_sizes(len(head), len(lines[0]), max(map(len, lines[1:]), default=0))
-        variables, is_http11, authority = (_request_line if is_short else _request_line.__wrapped__)(lines[0])
+            self._check_sizes(len(head), len(line), max(map(len, fields), default=0))
+        variables, is_http11, authority = (_request_line if is_short else _request_line.__wrapped__)(line)
         environ.update(variables)
-        if len(lines) - 1 > self._max_fields:
+        if len(fields) > self._max_fields:
             raise Refusal(431, f"A request may have at most {self._max_fields} header fields.")
-        del lines[0]
-        for key, value in map(_field if is_short else _field.__wrapped__, lines):
+        for key, value in map(_field if is_short else _field.__wrapped__, fields):
             if key in environ and key:
                 if key in _SINGLE_FIELDS:
                     raise Refusal(400, "A header field that may stand once stands twice.")
@@ -200,14 +199,13 @@ class SizedBody:
 
     def __init__(self, length: int) -> None:
         self.content = bytearray()
-        self._left = length
+        self._length = length
 
     def feed(self, data: bytes) -> bytes | None:
         """Take more bytes; returns those after the end of the body, or None where it has not come."""
-        self.content += data[: self._left]
-        rest = data[self._left :]
-        self._left -= len(data) - len(rest)
-        return None if self._left else rest
+        left = self._length - len(self.content)
+        self.content += data[:left]
+        return data[left:] if len(data) >= left else None
 
 
 class ChunkedBody:

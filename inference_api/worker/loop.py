@@ -286,7 +286,7 @@ class Loop:
         try:
             exchange = connection.next_request(data)
         except Refusal as refusal:
-            self._refuse(connection, refusal.status, refusal.detail)
+            self._refuse(connection, refusal.status, str(refusal))
             return
         if exchange is not None:
             self._dispatch(connection, exchange)
