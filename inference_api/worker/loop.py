@@ -296,9 +296,13 @@ class Loop:
             connection.expires = self._now + self._settings.read_timeout
         if connection.wants_continue:
             connection.wants_continue = False
-            self._send(connection, b"HTTP/1.1 100 Continue\r\n\r\n")
-        self._connections.watch(connection, connection.events | READ)
+            if not self._send(connection, b"HTTP/1.1 100 Continue\r\n\r\n"):
+                return
+        if not connection.has_ended:
+            self._connections.watch(connection, connection.events | READ)
         self._connections.hold(connection, connection.unfinished_bytes)
+        if connection.has_ended:
+            self._client_ended(connection)
 
     def _dispatch(self, connection: Connection, exchange: Exchange) -> None:
         self._requests += 1
@@ -319,6 +323,7 @@ class Loop:
 
     def _client_ended(self, connection: Connection) -> None:
         """The client sends no more: it has left, or has only closed its half (a FIN tells not which)."""
+        connection.has_ended = True
         self._connections.watch(connection, connection.events & ~READ)
         phase, exchange = connection.phase, connection.exchange
         if exchange is not None:
@@ -333,20 +338,24 @@ class Loop:
 
     # Answering.
 
-    def _send(self, connection: Connection, data: bytes) -> None:
-        """Write what the socket takes now, and keep the rest."""
+    def _send(self, connection: Connection, data: bytes) -> bool:
+        """Write what the socket takes now, and keep the rest; returns whether the connection still is."""
         sent = 0
         if not connection.output and len(data) <= LARGE_BYTES:  # else it waits for its turn
             try:
                 sent = connection.sock.send(data)
-            except OSError:  # it takes nothing now, or never will, which comes out when it is its turn
-                sent = 0
+            except BlockingIOError:
+                pass
+            except OSError:
+                self._lost(connection)
+                return False
         exchange = connection.exchange
         if exchange is not None and exchange.room is not None:  # a call less for most
             exchange.was_sent(sent, is_whole=sent == len(data))
         if sent < len(data):
             connection.output.append(memoryview(data)[sent:])
             self._connections.watch(connection, connection.events | WRITE)
+        return True
 
     def _write_on(self) -> None:
         """Go on with what waits for its turn: LARGE_BYTES of it in all, and to whoever has waited for longest."""
@@ -390,13 +399,15 @@ class Loop:
         if not output:
             self._connections.watch(connection, connection.events & ~WRITE)
             if connection.phase is _WRITING:
-                self._next(connection, self._connections.unread.pop(connection).exchange)
+                del self._connections.unread[connection]
+                self._next(connection)
         return left
 
     def _answered(self, connection: Connection, exchange: Exchange) -> None:
         """The last byte of an answer is with the socket, or in `output`."""
         self._journal.record(exchange, self._now)
         connection.exchange = None
+        connection.must_close = not exchange.keep_alive  # what an abandoned application still does changes nothing
         if connection.held_bytes:
             self._connections.hold(connection, 0)
         if connection.output:
@@ -404,17 +415,20 @@ class Loop:
             connection.expires = self._now + self._settings.read_timeout
             self._connections.unread[connection] = Unread(connection, exchange, self._now)
         else:
-            self._next(connection, exchange)
+            self._next(connection)
 
-    def _next(self, connection: Connection, answered: Exchange) -> None:
+    def _next(self, connection: Connection) -> None:
         """An answer is out: turn to the next request, or end the connection."""
-        if not answered.keep_alive:
+        if connection.must_close:
             self._linger(connection)
             return
         self._idle(connection)
         if connection.buffer:
             self._ready.append(connection)
-        elif not connection.events & READ:  # should its client have sent its last byte, that is told again
+        elif connection.has_ended:
+            self._connections.close(connection)
+            return
+        if not connection.events & READ and not connection.has_ended:
             self._connections.watch(connection, connection.events | READ)
 
     def _refuse(self, connection: Connection, status: int, detail: str) -> None:
@@ -435,9 +449,12 @@ class Loop:
         self._abandon(exchange)
         if self._outbox.closing:
             exchange.keep_alive = False
-        self._send(connection, problem_answer(exchange, status, detail, *more))
+        is_connected = self._send(connection, problem_answer(exchange, status, detail, *more))
         exchange.status = status  # the application may have set its own meanwhile
-        self._answered(connection, exchange)
+        if is_connected:
+            self._answered(connection, exchange)
+        else:
+            self._journal.record(exchange, self._now)
 
     # The beginning and the end of connections.
 
@@ -454,7 +471,7 @@ class Loop:
     def _lost(self, connection: Connection) -> None:
         """The client has gone; what it still waits for is not worth doing."""
         exchange = connection.exchange
-        if exchange is not None:
+        if exchange is not None and not exchange.abandoned:
             self._abandon(exchange)
             exchange.status = GONE_STATUS
             self._metrics.count("requests_gone")

@@ -176,8 +176,8 @@ class Exchange:
         piece, excess, room = b"", b"", self.room
         if room is None:
             piece = self._open(None)
-            room = self.room = threading.Event()
             self.produced_bytes = self.sent_bytes = 0
+            room = self.room = threading.Event()
         if self._is_bodiless:
             data = b""
         elif self._left is not None:

@@ -204,8 +204,12 @@ def test_what_is_still_being_read_at_the_end_is_lost_audibly(turns: Turns, caplo
     assert [record.__dict__["lost"] for record in caplog.records] == [1]
 
 
-def test_a_client_that_resets_as_it_is_answered_is_closed(turns: Turns, caplog: pytest.LogCaptureFixture) -> None:
-    """Whether its answer is sent or waits for its turn; it is nobody's fault."""
+def test_a_client_that_resets_as_it_is_answered_is_closed(
+    turns: Turns, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether its answer is sent, which its line tells, or waits for its turn; it is nobody's fault."""
+    statuses: list[int] = []
+    monkeypatch.setattr(turns.loop._journal, "record", lambda exchange, _: statuses.append(exchange.status))
     turns.loop._pool.size = 3
     *leaving, staying = turns.clients
     while len(turns.loop._connections) < len(turns.clients):
@@ -224,6 +228,7 @@ def test_a_client_that_resets_as_it_is_answered_is_closed(turns: Turns, caplog: 
         turns.take()
     assert len(turns.loop._connections) == 1
     assert not turns.loop._pool.taken
+    assert sorted(statuses) == [200, 499]
     staying.sendall(SMALL_REQUEST)
     while not turns.received[0]:
         turns.take()
@@ -240,3 +245,18 @@ def test_who_sends_no_more_is_answered_all_that_has_come(turns: Turns) -> None:
         turns.take()
     answers = b"".join(iter(lambda: client.recv(ANSWER_BYTES), b""))
     assert re.findall(rb"HTTP/1.1 ([0-9]+)", answers) == [b"200", b"200", b"400"]
+
+
+def test_an_abandoned_application_ends_no_connection(turns: Turns) -> None:
+    """Whether a connection is kept has been promised with the answer; its application may still go on."""
+    client = turns.clients[0]
+    client.sendall(REQUEST)
+    while not turns.loop._connections.unread:
+        turns.take()
+    (answer,) = turns.loop._connections.unread.values()
+    answer.exchange.keep_alive = False
+    while turns.loop._connections.unread:
+        turns.take()
+    client.sendall(SMALL_REQUEST)
+    while not turns.take()[0] or turns.loop._requests < 2:
+        assert len(turns.loop._connections) == len(turns.clients)
