@@ -12,7 +12,7 @@ from inference_api.worker.wsgi import Exchange
 MAX_PIPELINED_BYTES = 65_536
 """Bytes of further requests read while one is being answered."""
 
-_EMPTY_LINES = re.compile(rb"(?:\r\n)*")
+_EMPTY_LINES = re.compile(rb"(?:\r\n)+")
 
 
 class Phase(enum.Enum):
@@ -63,16 +63,16 @@ class Connection:
         """
         if self._body is None:
             data = self.buffer + data
-            if self._known_head and data.startswith(self._known_head):
-                data = data[len(self._known_head) :]
-            elif (rest := self._read_head(data)) is not None:
-                data = rest
-            else:
-                return None
+            end = len(self._known_head)
+            if not end or not data.startswith(self._known_head):
+                end = self._read_head(data)
+                if not end:
+                    return None
             length = self._head.body_bytes
-            if length is not None and len(data) >= length:
-                self.buffer = data[length:]
-                return self._exchange(data[:length])
+            if length is not None and len(data) - end >= length:
+                self.buffer = data[end + length :]
+                return self._exchange(data[end : end + length])
+            data = data[end:]
             self.buffer = b""
             self.wants_continue = self._head.expects_continue and not data
             self._body = ChunkedBody(self._parser.max_body_bytes) if length is None else SizedBody(length)
@@ -82,23 +82,22 @@ class Connection:
         self.buffer = rest
         return self._exchange(bytes(self._body.content))
 
-    def _read_head(self, data: bytes) -> bytes | None:
-        """Read the head of a request; returns the bytes after it, or None where it has not come."""
+    def _read_head(self, data: bytes) -> int:
+        """Read the head of a request; returns where it ends, or 0 where that has not come."""
         self._environ, self._known_head = self._base.copy(), b""
-        if data.startswith(b"\r\n"):  # RFC 9112 §2.2: empty lines before a request are ignored
-            data = _EMPTY_LINES.sub(b"", data, 1)
-            self._searched = 0
-        end = data.find(b"\r\n\r\n", self._searched)
+        empty_lines = _EMPTY_LINES.match(data)  # RFC 9112 §2.2: they are ignored
+        begin = empty_lines.end() if empty_lines else 0
+        end = data.find(b"\r\n\r\n", max(begin, self._searched))
         if end < 0:
-            self.buffer = data
-            self._parser.check_partial(data, self._searched)
-            self._searched = max(0, len(data) - 3)
-            return None
+            self.buffer = data[begin:]
+            self._parser.check_partial(self.buffer, max(0, self._searched - begin))
+            self._searched = max(0, len(self.buffer) - 3)
+            return 0
         self._searched = 0
-        self._head = self._parser.parse(data[:end], self._environ, self._scheme_fields)
-        if end <= MEMO_HEAD_BYTES:
-            self._known_head = data[: end + 4]
-        return data[end + 4 :]
+        self._head = self._parser.parse(data[begin:end], self._environ, self._scheme_fields)
+        if end - begin <= MEMO_HEAD_BYTES:
+            self._known_head = data[begin : end + 4]
+        return end + 4
 
     def _exchange(self, body: bytes) -> Exchange:
         head = self._head

@@ -268,7 +268,7 @@ class Loop:
 
     def _take(self, connection: Connection, data: bytes | None) -> None:
         phase = connection.phase
-        if data and (phase is _IDLE or phase is _READING):
+        if data and (phase is _READING or (phase is _IDLE and not connection.buffer)):
             self._advance(connection, data)
         elif data is None:
             self._lost(connection)
@@ -428,7 +428,7 @@ class Loop:
         elif connection.has_ended:
             self._connections.close(connection)
             return
-        if not connection.events & READ and not connection.has_ended:
+        if not connection.events & READ and not connection.has_ended and len(connection.buffer) <= MAX_PIPELINED_BYTES:
             self._connections.watch(connection, connection.events | READ)
 
     def _refuse(self, connection: Connection, status: int, detail: str) -> None:

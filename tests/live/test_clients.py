@@ -406,6 +406,24 @@ def test_large_bodies_that_never_end_fill_no_memory(service: Service) -> None:
             assert is_problem(answer, 408)
 
 
+def test_a_pipeline_fills_no_memory_and_holds_nobody_up(tmp_path: Path) -> None:
+    """Ten thousand requests, sent as fast as they are taken: each is answered, and few of them are read ahead."""
+    count, body = 10_000, b'{"text": "%b"}' % (b"x" * 2_000)
+    requests = post_request("/predict", body) * (count - 1) + post_request("/predict", body, b"Connection: close")
+    with running(tmp_path, ACCESS_LOG="off") as service, service.connect() as client:
+        before = most = memory_bytes(service)
+        sender = threading.Thread(target=client.sendall, args=(requests,))
+        sender.start()
+        received, deadline = bytearray(), time.monotonic() + LIMIT_SECONDS
+        while data := client.recv(65_536):
+            received += data
+            most = max(most, memory_bytes(service))
+            assert time.monotonic() < deadline
+        sender.join()
+        assert received.count(b"HTTP/1.1 200 OK\r\n") == received.count(b'"prediction":"predicted(') == count
+        assert most - before < 8 * 1_048_576
+
+
 def test_refused_bodies_are_not_kept(service: Service) -> None:
     """Nearly 1 MiB of a chunked body and then nonsense, 200 times: no memory is held while the connections linger."""
     size = 1_000_000

@@ -5,7 +5,7 @@ import re
 import socket
 import struct
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import pytest
@@ -13,10 +13,10 @@ import pytest
 from inference_api.config import Settings
 from inference_api.logs import LineWriter
 from inference_api.metrics import Metrics
-from inference_api.worker.connection import Connection
+from inference_api.worker.connection import MAX_PIPELINED_BYTES, Connection
 from inference_api.worker.connections import MIN_READ_BYTES_PER_SECOND
 from inference_api.worker.http import RequestParser
-from inference_api.worker.loop import Loop
+from inference_api.worker.loop import READ_BYTES, Loop
 from inference_api.worker.pool import LARGE_BYTES
 
 ANSWER_BYTES = 10 * LARGE_BYTES
@@ -260,3 +260,17 @@ def test_an_abandoned_application_ends_no_connection(turns: Turns) -> None:
     client.sendall(SMALL_REQUEST)
     while not turns.take()[0] or turns.loop._requests < 2:
         assert len(turns.loop._connections) == len(turns.clients)
+
+
+def test_little_is_read_ahead(turns: Turns) -> None:
+    """Of a pipeline, however long: what has been sent before is answered first."""
+    client = turns.clients[0]
+    client.setblocking(False)
+    pipeline = SMALL_REQUEST * 20_000
+    sent = 0
+    while turns.loop._requests < 500:
+        with suppress(BlockingIOError):
+            sent += client.send(pipeline[sent : sent + READ_BYTES])
+        turns.take()
+        assert all(len(connection.buffer) <= 2 * MAX_PIPELINED_BYTES for connection in turns.loop._connections)
+    assert sent > 2 * MAX_PIPELINED_BYTES
