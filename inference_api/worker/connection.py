@@ -127,6 +127,11 @@ class Connection:
         return bool(self.buffer) or self._body is not None
 
     @property
+    def has_more(self) -> bool:
+        """Whether it is to be asked for the next request once more, though nothing has come."""
+        return self._body is not None and self._body.has_more
+
+    @property
     def unfinished_bytes(self) -> int:
         """How many bytes of requests that are not complete it holds."""
         return len(self.buffer) if self._body is None else len(self._body.content)

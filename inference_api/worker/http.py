@@ -12,6 +12,8 @@ from urllib.parse import unquote_to_bytes
 MAX_HEAD_BYTES = 65_536
 MAX_CHUNK_LINE_BYTES = 256
 MAX_TRAILER_BYTES = 8_192
+LINES_AT_ONCE = 32
+"""After so many lines of a chunked body it is the turn of others: chunks of a byte take as long to read as requests."""
 MEMO_LINES = 1_024
 MEMO_NAME_BYTES = 64
 MEMO_HEAD_BYTES = 4_096
@@ -197,6 +199,8 @@ def _body_too_large(max_body_bytes: int) -> Refusal:
 class SizedBody:
     """A body whose length is known, fed in pieces."""
 
+    has_more = False
+
     def __init__(self, length: int) -> None:
         self.content = bytearray()
         self._length = length
@@ -213,17 +217,18 @@ class ChunkedBody:
 
     def __init__(self, max_body_bytes: int) -> None:
         self.content = bytearray()
+        self.has_more = False  # bytes that it has taken and not looked at: to be fed once more
         self._max_body_bytes = max_body_bytes
         self._left = 0  # bytes of the current chunk still to come, with its CRLF
-        self._line = b""  # the beginning of one
+        self._rest = b""  # the beginning of a line, or what it has not looked at
         self._pattern = _CHUNK_LINE  # of the next line
         self._max_line_bytes = MAX_CHUNK_LINE_BYTES
 
     def feed(self, data: bytes) -> bytes | None:
         """Take more bytes; returns those after the end of the body, or None where it has not come."""
-        data, self._line = self._line + data, b""
+        data, self._rest, self.has_more = self._rest + data, b"", False
         at = 0
-        while True:
+        for _ in range(LINES_AT_ONCE):
             if self._left:
                 piece = data[at : at + self._left]
                 self.content += piece
@@ -236,8 +241,8 @@ class ChunkedBody:
                 at += len(piece)
             line = self._pattern.match(data, at, at + self._max_line_bytes)
             if line is None:
-                self._line = data[at:]
-                if b"\n" in self._line or len(self._line) >= self._max_line_bytes:
+                self._rest = data[at:]
+                if b"\n" in self._rest or len(self._rest) >= self._max_line_bytes:
                     raise Refusal(400, "A line of the chunked body is not valid, or too long.")
                 return None
             at = line.end()
@@ -247,6 +252,8 @@ class ChunkedBody:
                 return data[at:]
             else:
                 self._max_line_bytes -= len(line[0])  # trailers are bounded together
+        self._rest, self.has_more = data[at:], True
+        return None
 
     def _begin_chunk(self, size: int) -> None:
         if len(self.content) + size > self._max_body_bytes:

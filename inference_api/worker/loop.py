@@ -88,7 +88,7 @@ class Loop:
         self._selector = selectors.DefaultSelector()
         self._connections = Connections(self._selector, settings.max_connections)
         self._listener = Listener(listeners, self._selector, self._connections, self._admit)
-        self._ready: list[Connection] = []  # that have more requests in their buffer
+        self._ready: list[Connection] = []  # that have more than they have been asked for
         self._wake_fd = wake_fds[0]
         self._selector.register(self._wake_fd, READ)
         self._outbox = Outbox(wake_fds[1])
@@ -165,7 +165,7 @@ class Loop:
         self._write_on()
         ready, self._ready = self._ready, []
         for connection in ready:
-            if connection.phase is _IDLE:  # more of the request has not come meanwhile
+            if connection.phase is _IDLE or connection.phase is _READING:  # it has not been refused meanwhile
                 self._guarded(self._advance, connection)
         for listening in knocked:  # last: to let somebody in may close a connection that looks idle until it is read
             self._listener.accept(listening, self._now)
@@ -298,6 +298,10 @@ class Loop:
             connection.wants_continue = False
             if not self._send(connection, b"HTTP/1.1 100 Continue\r\n\r\n"):
                 return
+        if connection.has_more:
+            self._connections.watch(connection, connection.events & ~READ)
+            self._ready.append(connection)
+            return
         if not connection.has_ended:
             self._connections.watch(connection, connection.events | READ)
         self._connections.hold(connection, connection.unfinished_bytes)

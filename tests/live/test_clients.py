@@ -424,6 +424,23 @@ def test_a_pipeline_fills_no_memory_and_holds_nobody_up(tmp_path: Path) -> None:
         assert most - before < 8 * 1_048_576
 
 
+def test_chunks_of_a_byte_hold_nobody_up(service: Service) -> None:
+    """16 clients send bodies of 400,000 chunks: all are read, refused in the end, and others served meanwhile."""
+    body = b"1\r\n \r\n" * 400_000 + b"0\r\n\r\n"
+    request = b"POST /predict HTTP/1.1\r\nHost: h\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n" + body
+    with clients(service, 16) as many:
+        threads = [threading.Thread(target=client.sendall, args=(request,)) for client in many]
+        for thread in threads:
+            thread.start()
+        for _ in range(20):
+            serves_promptly(service)
+        for client in many:
+            (answer,) = answers(read_to_end(client))
+            assert is_problem(answer, 400) or is_problem(answer, 408)
+        for thread in threads:
+            thread.join()
+
+
 def test_refused_bodies_are_not_kept(service: Service) -> None:
     """Nearly 1 MiB of a chunked body and then nonsense, 200 times: no memory is held while the connections linger."""
     size = 1_000_000

@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from inference_api.worker.connection import Connection
-from inference_api.worker.http import MAX_HEAD_BYTES, ChunkedBody, Refusal, RequestParser, SizedBody
+from inference_api.worker.http import LINES_AT_ONCE, MAX_HEAD_BYTES, ChunkedBody, Refusal, RequestParser, SizedBody
 from inference_api.worker.wsgi import Exchange
 
 MAX_BODY_BYTES = 1_000
@@ -41,8 +41,9 @@ def requests(data: bytes, pieces: list[int] | None = None) -> list[dict[str, Any
     found = []
     for start, end in pairwise(cuts):
         exchange = conn.next_request(data[start:end])
-        while exchange is not None:
-            found.append(told(exchange))
+        while exchange is not None or conn.has_more:
+            if exchange is not None:
+                found.append(told(exchange))
             exchange = conn.next_request(b"")
     return found
 
@@ -349,6 +350,13 @@ def test_expect(fields: bytes, body: bytes, wants: bool) -> None:
 # Bodies.
 
 
+def fed(body: ChunkedBody, data: bytes) -> bytes | None:
+    rest = body.feed(data)
+    while rest is None and body.has_more:
+        rest = body.feed(b"")
+    return rest
+
+
 @pytest.mark.parametrize(
     ("data", "body"),
     [
@@ -366,10 +374,9 @@ def test_chunked(data: bytes, body: bytes) -> None:
     """A chunked body is the same however it is cut, and what follows is left alone; extensions and trailers go."""
     for cut in range(0, len(data) + 1, max(1, len(data) // 100)):
         chunked = ChunkedBody(MAX_BODY_BYTES)
-        rest = chunked.feed(data[:cut])
+        rest = fed(chunked, data[:cut])
         if rest is None:
-            rest = chunked.feed(data[cut:] + b"GET")
-            assert rest == b"GET"
+            assert fed(chunked, data[cut:] + b"GET") == b"GET"
         assert bytes(chunked.content) == body
     request = one(b"PUT / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: Chunked\r\n\r\n" + data)
     assert (request["body"], request["CONTENT_LENGTH"]) == (body, str(len(body)))
@@ -419,6 +426,22 @@ def test_chunked_refused(status: int, data: bytes) -> None:
                 b"PUT / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" + data, [cut + 57 for cut in cuts]
             )
         assert refused.value.status == status
+
+
+def test_a_chunked_body_is_read_in_turns() -> None:
+    """However many chunks come at once; what comes meanwhile is read after them, and the next request is its own."""
+    conn, count = connection(), 10 * LINES_AT_ONCE
+    head = b"PUT / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    data = head + b"1\r\na\r\n" * count + b"0\r\n\r\n"
+    turns, exchange = 1, conn.next_request(data[:-3])
+    while exchange is None:
+        assert conn.has_more
+        assert conn.is_within_request
+        turns, exchange = turns + 1, conn.next_request((data[-3:] + data) if turns == 1 else b"")
+    assert body_of(exchange) == b"a" * count
+    assert turns > count // LINES_AT_ONCE
+    assert not conn.has_more
+    assert conn.buffer == data
 
 
 def test_sized() -> None:
@@ -513,8 +536,9 @@ def test_any_bytes(pieces: list[bytes]) -> None:
         try:
             for piece in pieces:
                 exchange = conn.next_request(piece)
-                while exchange is not None:
-                    found.append(told(exchange))
+                while exchange is not None or conn.has_more:
+                    if exchange is not None:
+                        found.append(told(exchange))
                     exchange = conn.next_request(b"")
         except Refusal as refusal:
             assert refusal.status in (400, 413, 414, 417, 431, 501, 505)
