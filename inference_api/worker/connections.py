@@ -38,6 +38,7 @@ class Connections(set[Connection]):
         super().__init__()
         self._selector = selector
         self._max_connections = max_connections
+        self.are_all_busy = False  # when somebody was to be let in
         self._evictable: list[tuple[Connection, float]] = []  # that were idle, since when; the longest last
         self.writable: dict[Connection, None] = {}  # that take more of their answer, in the order of their turns
         self._held_bytes = 0
@@ -88,6 +89,7 @@ class Connections(set[Connection]):
             # Not one that was accepted in this very turn: nobody has looked yet whether its request has come.
             idle = ((c, c.since) for c in self if c.phase in _IDLE_PHASES and c.since < now)
             self._evictable = sorted(idle, key=itemgetter(1), reverse=True)
+        self.are_all_busy = True
         return False
 
     def _is_idle(self, connection: Connection) -> bool:

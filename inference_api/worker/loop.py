@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from operator import attrgetter
 
 from inference_api.config import Settings
 from inference_api.logs import LineWriter
@@ -36,6 +37,9 @@ HEARTBEAT_SECONDS = 0.5
 LINGER_SECONDS = 1.0
 IDLE_AT_CLOSE_SECONDS = 1.0
 LATE_SECONDS = 0.01
+SLOW_SECONDS = 1.0
+"""A request that takes longer to come may be ended, where nobody else can be let in."""
+SLOW_AT_ONCE = 64
 RESERVED_PART = 8
 """One of so many connections is not for requests that wait, but for /health and refusals."""
 GONE_STATUS = 499
@@ -507,6 +511,8 @@ class Loop:
         self._journal.write()
         for connection in [c for c in self._connections if c.expires <= now]:
             self._guarded(self._expire, connection)
+        if self._connections.are_all_busy:
+            self._make_room()
         self._connections.resume()
         self._listener.tick(now)
         self._check_threads()
@@ -552,6 +558,17 @@ class Loop:
         else:
             log.warning("an answer was not read in time", extra=answer.exchange.log_fields)
             self._connections.close(connection)
+
+    def _make_room(self) -> None:
+        """End the requests that have been coming for longest; their connections can be closed then for newcomers."""
+        self._connections.are_all_busy = False
+        slow_until = self._now + self._settings.read_timeout - SLOW_SECONDS
+        slow = [c for c in self._connections if c.phase is _READING and c.expires < slow_until]
+        for connection in sorted(slow, key=attrgetter("expires"))[:SLOW_AT_ONCE]:
+            self._guarded(self._end_slow, connection)
+
+    def _end_slow(self, connection: Connection) -> None:
+        self._refuse(connection, 408, "The request came slowly, and others were waiting.")
 
     def _check_threads(self) -> None:
         """A worker whose threads are all stuck lets nobody in, and its heartbeat ends, so that it is replaced."""

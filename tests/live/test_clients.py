@@ -534,6 +534,19 @@ def test_pipelined_requests_are_not_cut_off_for_room(tmp_path: Path) -> None:
             assert answer_of(other).status == 200
 
 
+@pytest.mark.parametrize(
+    "beginning", [b"POST /predict HTTP/1.1\r\nHost: h\r\n", post_request("/predict", b" " * 1_000_000)[:900]]
+)
+def test_requests_that_do_not_come_make_room(tmp_path: Path, beginning: bytes) -> None:
+    """All connections are taken by beginnings of requests, and more of them wait: the oldest make room for others."""
+    with running(tmp_path, MAX_CONNECTIONS="50", READ_TIMEOUT="100") as service, clients(service, 60) as many:
+        for client in many:
+            client.sendall(beginning)
+        assert service.get("/health").status == 200
+        assert service.post("/predict", {"text": "a"}).status == 200
+        assert 0 < len([line for line in service.settled_log() if line.get("status") == 408]) <= 60
+
+
 def test_running_out_of_descriptors_does_not_end_the_worker(tmp_path: Path) -> None:
     """With 40 descriptors: idle connections make room, busy ones make accepting pause, and nobody is turned away."""
     with running(tmp_path, MODELS, **VARIABLES, THREADS="60") as service:
