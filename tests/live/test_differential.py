@@ -317,6 +317,23 @@ def test_same_answer(service: Service, reference: Service, name: str) -> None:
         assert (own.headers["connection"], after) == ("close", [])
 
 
+CUT_EVERYWHERE = {
+    "a body of known length": post(HELLO),
+    "chunks, an extension and a trailer": chunked(b'5;a=b\r\n{"tex\r\nc\r\nt": "Hello"}\r\n0\r\nX-A: b\r\n\r\n'),
+    "no body, and the target of a proxy": head(b"HEAD http://x/health?a=b HTTP/1.1", b"Host: x"),
+    "what the model refuses": post(b'{"text": ""}', b"Connection: keep-alive", version=b"1.0"),
+}
+
+
+@pytest.mark.parametrize("name", CUT_EVERYWHERE)
+def test_same_answer_wherever_it_is_cut(service: Service, reference: Service, name: str) -> None:
+    """Split at every byte boundary, a request gets the same answer."""
+    data = CUT_EVERYWHERE[name]
+    for cut in range(1, len(data)):
+        (own,), (their,) = (ask(each, data, method_of(data), cut=cut) for each in (service, reference))
+        assert substance(own, their) == substance(their, own)
+
+
 def test_same_answers_in_pipelines(service: Service) -> None:
     """Pipelined in any order and cut anywhere, requests get the answers that they get alone."""
     numbers = random.Random(1)
