@@ -122,10 +122,11 @@ class Schema:
         what, located, place = message.rpartition(" - at `")
         steps = place.partition("$")[2].partition("[...]")[0] if located else ""
         pointer = ""
-        for name, index in _STEP.findall(steps):
+        for step in _STEP.finditer(steps):
+            name, index = step.groups("")
             try:
                 request = request[name or int(index)]
-            except (LookupError, TypeError):  # the name of an unknown field may read like a place
+            except (LookupError, TypeError, ValueError):  # the name of an unknown field may read like a place
                 break
             pointer += "/" + (name.replace("~", "~0").replace("/", "~1") or index)
         what = what or message

@@ -117,7 +117,8 @@ class Connections(set[Connection]):
         """Read on from paused connections: from all where there is room again, else from the first."""
         has_room = self._held_bytes <= MAX_HELD_BYTES
         for connection in list(self._paused) if has_room else list(self._paused)[:1]:
-            self.watch(connection, connection.events | READ)
+            if not connection.has_more:
+                self.watch(connection, connection.events | READ)
         if has_room:
             self._paused.clear()
 

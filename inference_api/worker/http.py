@@ -67,7 +67,7 @@ class RequestParser:
             raise Refusal(400, "The request is not HTTP/1.1.")
         line, crlf, _ = head.partition(b"\r\n")
         self._check_sizes(len(head), len(line.removesuffix(b"\r")))
-        if crlf:
+        if crlf and start < len(line) + len(crlf):
             _request_line.__wrapped__(line.decode("latin-1"))
 
     def parse(self, head: bytes, environ: dict[str, Any], scheme_fields: Sequence[tuple[str, str]] = ()) -> Head:

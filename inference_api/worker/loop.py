@@ -39,7 +39,8 @@ IDLE_AT_CLOSE_SECONDS = 1.0
 LATE_SECONDS = 0.01
 SLOW_SECONDS = 1.0
 """A request that takes longer to come may be ended, where nobody else can be let in."""
-SLOW_AT_ONCE = 64
+MAX_SLOW_AT_ONCE = 64
+"""At first it is one, then twice as many at each tick for as long as nobody can be let in."""
 RESERVED_PART = 8
 """One of so many connections is not for requests that wait, but for /health and refusals."""
 GONE_STATUS = 499
@@ -105,6 +106,7 @@ class Loop:
         self._lifecycle = Lifecycle(settings, self._listener, self._outbox, is_shutdown)
         self._has_forked = False
         self._requests = 0
+        self._slow_at_once = 1
         self._max_requests = max_requests
         self._on_max_requests = on_max_requests
         self._now = time.monotonic()
@@ -511,8 +513,11 @@ class Loop:
         self._journal.write()
         for connection in [c for c in self._connections if c.expires <= now]:
             self._guarded(self._expire, connection)
-        if self._connections.are_all_busy:
+        if self._connections.are_all_busy and not self._connections.has_room(now):
             self._make_room()
+        else:
+            self._slow_at_once = 1
+        self._connections.are_all_busy = False
         self._connections.resume()
         self._listener.tick(now)
         self._check_threads()
@@ -561,11 +566,11 @@ class Loop:
 
     def _make_room(self) -> None:
         """End the requests that have been coming for longest; their connections can be closed then for newcomers."""
-        self._connections.are_all_busy = False
         slow_until = self._now + self._settings.read_timeout - SLOW_SECONDS
         slow = [c for c in self._connections if c.phase is _READING and c.expires < slow_until]
-        for connection in sorted(slow, key=attrgetter("expires"))[:SLOW_AT_ONCE]:
+        for connection in sorted(slow, key=attrgetter("expires"))[: self._slow_at_once]:
             self._guarded(self._end_slow, connection)
+        self._slow_at_once = min(2 * self._slow_at_once, MAX_SLOW_AT_ONCE)
 
     def _end_slow(self, connection: Connection) -> None:
         self._refuse(connection, 408, "The request came slowly, and others were waiting.")

@@ -86,6 +86,8 @@ def test_a_type_may_contain_itself() -> None:
         ({"text": "a", "x": 1}, "", "Object contains an unknown field; known: `text`"),
         ({"text": "a", "": 1}, "", "Object contains an unknown field; known: `text`"),
         ({"text": "a", "x` - at `$.evil": 1}, "", "Object contains an unknown field; known: `text`"),
+        ({"text": "a", f"x` - at `$[{'1' * 5_000}]": 1}, "", "Object contains an unknown field; known: `text`"),
+        ({"text": "a", f"x` - at `${'.a' * 500_000}": 1}, "", "Object contains an unknown field; known: `text`"),
         ([{"text": "a", "x` - at `$[9].e": 1}], "/0", "Object contains an unknown field; known: `text`"),
         ({"Text": "a"}, "", "Object contains an unknown field; known: `text`"),
         ("a", "", "Expected `object | array`, got `str`"),
