@@ -283,7 +283,7 @@ class Loop:
         elif phase is _LINGERING:  # it reads its answer when it has sent all, which is thrown away
             latest = connection.since + self._settings.read_timeout
             connection.expires = min(self._now + LINGER_SECONDS, latest)
-        else:
+        else:  # it comes after what is being answered, or waits for its turn to be understood
             connection.buffer += data
             if len(connection.buffer) > MAX_PIPELINED_BYTES:
                 self._connections.watch(connection, connection.events & ~READ)

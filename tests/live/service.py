@@ -21,6 +21,7 @@ PROJECT = Path(__file__).parents[2]
 START_SECONDS = 60
 WAIT_SECONDS = 30
 STOP_SECONDS = 60
+HEALTHY = b'{"status":"healthy"}'
 
 
 @dataclass(frozen=True)
@@ -164,9 +165,9 @@ class Service:
         return [line for line in self.log() if line["logger"] == "inference_api.access"]
 
     def settled_log(self) -> list[dict[str, Any]]:
-        """The lines of all that has been before: a worker's are in order, and here is but one."""
+        """The lines of all that has been before: a worker's are in order, and here is but one, which is healthy."""
         last = f"last-{time.monotonic_ns()}"
-        self.request("GET", "/health", headers={"X-Request-ID": last})
+        assert self.request("GET", "/health", headers={"X-Request-ID": last}).body == HEALTHY
 
         def ends() -> list[int]:
             return [at for at, line in enumerate(self.log()) if line.get("request_id") == last]

@@ -1,6 +1,7 @@
 """From bytes to requests, without a socket: the parser, the bodies, and the connection that holds them together."""
 
 import socket
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -34,18 +35,20 @@ def told(exchange: Exchange) -> dict[str, Any]:
     return environ | {"body": body_of(exchange), "keep_alive": exchange.keep_alive}
 
 
+def exchanges(conn: Connection, data: bytes) -> Iterator[Exchange]:
+    """The requests that are complete with this, asked for as the loop does."""
+    exchange = conn.next_request(data)
+    while exchange is not None or conn.has_more:
+        if exchange is not None:
+            yield exchange
+        exchange = conn.next_request(b"")
+
+
 def requests(data: bytes, pieces: list[int] | None = None) -> list[dict[str, Any]]:
     """All requests in what comes, cut at these places."""
     conn = connection()
     cuts = [0, *sorted(pieces or []), len(data)]
-    found = []
-    for start, end in pairwise(cuts):
-        exchange = conn.next_request(data[start:end])
-        while exchange is not None or conn.has_more:
-            if exchange is not None:
-                found.append(told(exchange))
-            exchange = conn.next_request(b"")
-    return found
+    return [told(exchange) for start, end in pairwise(cuts) for exchange in exchanges(conn, data[start:end])]
 
 
 def one(data: bytes) -> dict[str, Any]:
@@ -535,11 +538,7 @@ def test_any_bytes(pieces: list[bytes]) -> None:
         found: list[dict[str, Any]] = []
         try:
             for piece in pieces:
-                exchange = conn.next_request(piece)
-                while exchange is not None or conn.has_more:
-                    if exchange is not None:
-                        found.append(told(exchange))
-                    exchange = conn.next_request(b"")
+                found.extend(map(told, exchanges(conn, piece)))  # also what comes before a refusal
         except Refusal as refusal:
             assert refusal.status in (400, 413, 414, 417, 431, 501, 505)
             assert not conn.refused().keep_alive
