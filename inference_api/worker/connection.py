@@ -37,7 +37,7 @@ class Connection:
     ) -> None:
         self.sock = sock
         self.phase = Phase.IDLE
-        self.since = 0.0  # when it became idle
+        self.since = 0.0  # when it became idle, its request began, or it began to linger
         self.expires = 0.0  # when it has waited long enough in its phase
         self.events = 0  # what the selector watches it for
         self.exchange: Exchange | None = None  # while it is not answered: in phase RUNNING alone

@@ -17,11 +17,12 @@ MAX_HELD_BYTES = 64 * 1_048_576
 MIN_PAUSED_BYTES = 65_536
 MAX_UNREAD_BYTES = 256 * 1_048_576
 """Bytes of whole answers, waiting in one worker for their clients to read them; beyond it some are given up."""
-MIN_READ_BYTES_PER_SECOND = 65_536
-"""A client that takes as much of its answer in each READ_TIMEOUT is not cut off, however long that takes."""
+MIN_BYTES_PER_SECOND = 65_536
+"""A client that takes as much of its answer in each READ_TIMEOUT is not cut off, however long that takes. One that
+sends or takes less may be, where nobody else can be let in."""
 LOOK_SECONDS = 1.0
-"""How fast an answer is read is looked at for so long: before, nobody can tell."""
-YOUNG_BYTES_PER_SECOND = 2.0 * MIN_READ_BYTES_PER_SECOND
+"""How fast a request comes, or an answer is read, is looked at for so long: before, nobody can tell."""
+YOUNG_BYTES_PER_SECOND = 2.0 * MIN_BYTES_PER_SECOND
 """What is believed until then."""
 
 log = logging.getLogger("inference_api.worker")
@@ -100,6 +101,16 @@ class Connections(set[Connection]):
         except OSError:  # nothing has come that is not read yet
             return True
 
+    def slowest(self, now: float) -> list[Connection]:
+        """Those whose request comes, or whose answer is read, at less than MIN_BYTES_PER_SECOND: the slowest first."""
+        speeds = {
+            each: each.unfinished_bytes / (now - each.since)
+            for each in self
+            if each.phase is Phase.READING and now - each.since >= LOOK_SECONDS
+        }
+        speeds |= {each: answer.bytes_per_second(each, now) for each, answer in self._stalled().items()}
+        return sorted((each for each in speeds if speeds[each] < MIN_BYTES_PER_SECOND), key=speeds.__getitem__)
+
     # What they hold.
 
     def hold(self, connection: Connection, count: int) -> None:
@@ -122,9 +133,13 @@ class Connections(set[Connection]):
         if has_room:
             self._paused.clear()
 
+    def _stalled(self) -> "dict[Connection, Unread]":
+        """The answers of which nobody takes more now."""
+        return {each: answer for each, answer in self.unread.items() if each not in self.writable}
+
     def give_up(self, now: float) -> None:
         """Where those whose clients take no more of their answers hold too much, close the slowest, but for one."""
-        stalled = {each: answer for each, answer in self.unread.items() if each not in self.writable}
+        stalled = self._stalled()
         excess = sum(answer.held_bytes for answer in stalled.values()) - MAX_UNREAD_BYTES
         if excess <= 0:
             return
@@ -161,7 +176,7 @@ class Unread:
     def is_read(self, connection: Connection, seconds: float) -> bool:
         """Whether enough of it has been read in the seconds since this was last called."""
         before, self._bytes_at_check = self._bytes_at_check, _untaken_bytes(connection)
-        return before - self._bytes_at_check >= MIN_READ_BYTES_PER_SECOND * seconds
+        return before - self._bytes_at_check >= MIN_BYTES_PER_SECOND * seconds
 
 
 def _untaken_bytes(connection: Connection) -> int:

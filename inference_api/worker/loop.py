@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from operator import attrgetter
 
 from inference_api.config import Settings
 from inference_api.logs import LineWriter
@@ -37,10 +36,8 @@ HEARTBEAT_SECONDS = 0.5
 LINGER_SECONDS = 1.0
 IDLE_AT_CLOSE_SECONDS = 1.0
 LATE_SECONDS = 0.01
-SLOW_SECONDS = 1.0
-"""A request that takes longer to come may be ended, where nobody else can be let in."""
 MAX_SLOW_AT_ONCE = 64
-"""At first it is one, then twice as many at each tick for as long as nobody can be let in."""
+"""Where nobody can be let in, the slowest is ended, then twice as many at each tick for as long as that lasts."""
 RESERVED_PART = 8
 """One of so many connections is not for requests that wait, but for /health and refusals."""
 GONE_STATUS = 499
@@ -299,6 +296,7 @@ class Loop:
             return
         if connection.phase is _IDLE and connection.is_within_request:
             connection.phase = _READING
+            connection.since = self._now
             connection.expires = self._now + self._settings.read_timeout
         if connection.wants_continue:
             connection.wants_continue = False
@@ -565,15 +563,18 @@ class Loop:
             self._connections.close(connection)
 
     def _make_room(self) -> None:
-        """End the requests that have been coming for longest; their connections can be closed then for newcomers."""
-        slow_until = self._now + self._settings.read_timeout - SLOW_SECONDS
-        slow = [c for c in self._connections if c.phase is _READING and c.expires < slow_until]
-        for connection in sorted(slow, key=attrgetter("expires"))[: self._slow_at_once]:
+        """End what comes or goes most slowly; those connections can be closed then for newcomers."""
+        for connection in self._connections.slowest(self._now)[: self._slow_at_once]:
             self._guarded(self._end_slow, connection)
         self._slow_at_once = min(2 * self._slow_at_once, MAX_SLOW_AT_ONCE)
 
     def _end_slow(self, connection: Connection) -> None:
-        self._refuse(connection, 408, "The request came slowly, and others were waiting.")
+        answer = self._connections.unread.get(connection)
+        if answer is None:
+            self._refuse(connection, 408, "The request came slowly, and others were waiting.")
+        else:
+            log.warning("an answer is given up: others were waiting", extra=answer.exchange.log_fields)
+            self._connections.close(connection)
 
     def _check_threads(self) -> None:
         """A worker whose threads are all stuck lets nobody in, and its heartbeat ends, so that it is replaced."""

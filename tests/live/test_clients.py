@@ -554,6 +554,22 @@ def test_requests_that_do_not_come_make_room(tmp_path: Path, beginning: bytes) -
             assert time.monotonic() < deadline
 
 
+def test_answers_that_are_not_read_make_room(tmp_path: Path) -> None:
+    """Nor can clients that read nothing keep others out by taking all connections."""
+    variables = VARIABLES | {"MAX_CONNECTIONS": "10", "READ_TIMEOUT": "100"}
+    with running(tmp_path, MODELS, **variables) as service, clients(service, 10) as many:
+        for client in many:
+            client.sendall(post_request("/large", b'{"size": %d}' % LARGE_BYTES))
+        wait_for(lambda: len(service.access_lines()) >= 10, LIMIT_SECONDS)
+        for _ in range(3):
+            with service.connect() as newcomer:
+                newcomer.sendall(HEALTH)
+                assert answer_of(newcomer).status == 200
+        given_up = [line for line in service.settled_log() if line["message"].startswith("an answer is given up")]
+        assert [line["path"] for line in given_up] == ["/large"] * len(given_up)
+        assert 0 < len(given_up) < 10
+
+
 def test_running_out_of_descriptors_does_not_end_the_worker(tmp_path: Path) -> None:
     """With 40 descriptors: idle connections make room, busy ones make accepting pause, and nobody is turned away."""
     with running(tmp_path, MODELS, **VARIABLES, THREADS="60") as service:

@@ -11,6 +11,7 @@ from inference_api.worker.connection import Connection, Phase
 from inference_api.worker.connections import (
     MAX_HELD_BYTES,
     MAX_UNREAD_BYTES,
+    MIN_BYTES_PER_SECOND,
     MIN_PAUSED_BYTES,
     READ,
     WRITE,
@@ -114,6 +115,21 @@ def test_one_of_this_very_turn_is_not_closed(opened: Opened) -> None:
     """Nobody has looked yet whether its request has come."""
     opened.add(since=NOW)
     assert not opened.connections.evict(NOW)
+
+
+def test_the_slowest_comes_or_goes_most_slowly(opened: Opened) -> None:
+    """What is fast enough, too young to tell, or waits for its turn is not slow."""
+    silent, dripping, fast, young = (opened.add(since=since, phase=Phase.READING) for since in (0.0, 0.0, 0.0, 9.5))
+    dripping.buffer = b"x" * 1_000
+    fast.buffer = b"x" * MIN_BYTES_PER_SECOND * 10
+    stalled, read, waiting = (opened.add(phase=Phase.WRITING) for _ in range(3))
+    for connection, count in ((stalled, 500), (read, 20 * MIN_BYTES_PER_SECOND), (waiting, 0)):
+        opened.write(connection, memoryview(bytes(count)))
+        connection.output = [memoryview(bytes(max(0, count - 10 * MIN_BYTES_PER_SECOND)))]
+    opened.connections.writable[waiting] = None
+    opened.add()
+    assert opened.connections.slowest(10.0) == [silent, stalled, dripping]
+    assert young in opened.connections
 
 
 def test_what_is_watched_can_be_changed_and_ended(opened: Opened) -> None:

@@ -14,7 +14,7 @@ from inference_api.config import Settings
 from inference_api.logs import LineWriter
 from inference_api.metrics import Metrics
 from inference_api.worker.connection import MAX_PIPELINED_BYTES, Connection
-from inference_api.worker.connections import MIN_READ_BYTES_PER_SECOND
+from inference_api.worker.connections import MIN_BYTES_PER_SECOND
 from inference_api.worker.http import RequestParser
 from inference_api.worker.loop import READ_BYTES, Loop
 from inference_api.worker.pool import LARGE_BYTES
@@ -138,7 +138,7 @@ def test_reading_on_puts_the_deadline_off(turns: Turns) -> None:
     loop = turns.loop
     read_timeout = loop._settings.read_timeout
     turns.clients[0].sendall(REQUEST)
-    while turns.received[0] < MIN_READ_BYTES_PER_SECOND * read_timeout:
+    while turns.received[0] < MIN_BYTES_PER_SECOND * read_timeout:
         turns.take()
     (connection,) = loop._connections.unread
     assert loop._now < connection.expires <= loop._now + read_timeout
