@@ -42,7 +42,7 @@ class Admission:
         Its cost is the service time expected, 0 while nothing is known of its path.
         """
         pool = self._pool
-        cost = self._seconds.get(exchange.path, 0.0)
+        cost = self._expected_seconds(exchange.path)
         # Where a thread is free there is nothing to wait for, and something to learn of a service time that has grown.
         waiting = len(pool.taken) - pool.size  # not the queue's length: a thread may be about to take from it
         if waiting >= 0:
@@ -94,7 +94,7 @@ class Admission:
             if exchange.abandoned:
                 continue
             path = exchange.path
-            cost = self._seconds.get(path, 0.0)
+            cost = self._expected_seconds(path)
             if exchange.started:
                 seconds = now - exchange.started
                 if path not in self._busy_seconds and seconds > max(cost, QUICK_SECONDS) and self._has_place(path):
@@ -118,8 +118,13 @@ class Admission:
                     del self._seconds[path]
                     self._busy_seconds.pop(path, None)
 
+    def _expected_seconds(self, path: str) -> float:
+        seconds = self._seconds.get(path)
+        # Applications serve //predict as /predict.
+        return seconds if seconds is not None else self._seconds.get(f"/{path.lstrip('/')}", 0.0)
+
     def _has_place(self, path: str) -> bool:
-        return path in self._seconds or len(self._seconds) < MAX_PATHS
+        return path in self._seconds or (len(self._seconds) < MAX_PATHS and not path.startswith("//"))
 
     def retry_after_seconds(self) -> int:
         """When the backlog of now will have been worked off: whole seconds, at least 1."""

@@ -47,9 +47,9 @@ log = logging.getLogger("inference_api.worker")
 
 _IDLE, _READING, _RUNNING, _WRITING, _LINGERING = Phase  # to look one up in its class takes ten times as long
 
-# What is not learnt from: paths that clients make up, which would crowd out those that exist, and 503, by which the
-# application says that it has not called the model.
-_NOT_SERVED = (404, 405, 503)
+# What is not learnt from: paths that clients make up, which would crowd out those that exist, and 401 and 503, by which
+# the application says that it has not called the model.
+_NOT_SERVED = (401, 404, 405, 503)
 _GET_METHODS = ("GET", "HEAD")
 _DETAILS = {
     "pending": "Too many requests are waiting.",

@@ -156,6 +156,18 @@ def test_what_is_remembered_is_bounded() -> None:
     assert (known.cost, unknown.cost) == (4.0, 0.0)
 
 
+def test_a_path_of_many_slashes_is_no_other() -> None:
+    """Applications serve //predict as /predict: it costs as much, and takes no place from those that exist."""
+    queue = Queue(threads=4, known_seconds=3.5)
+    for count in range(2, MAX_PATHS + 10):
+        queue.admission.observe(exchange(f"{'/' * count}predict"), 0.1)
+    queue.admission.observe(exchange("/other"), 4.0)
+    for path, expected in (("/predict", 3.5), ("//predict", 3.5), ("///predict", 3.5), ("/other", 4.0)):
+        new = queue.add(path)
+        assert isinstance(new, Exchange)
+        assert new.cost == expected
+
+
 @pytest.mark.parametrize(("seconds", "expected"), [(0.001, 1), (3.5, 7), (9.0, 9), (1_000.0, 60)])
 def test_when_to_come_again(seconds: float, expected: int) -> None:
     """Retry-After is when the backlog of now will have been worked off, within bounds."""

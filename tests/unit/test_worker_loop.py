@@ -31,7 +31,7 @@ def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> 
     if environ["PATH_INFO"] == "/stream":
         start_response("200 OK", [])
         return iter([b"a" * STREAM_BYTES])
-    start_response("200 OK", [("Content-Length", str(len(body)))])
+    start_response(environ.get("HTTP_STATUS", "200 OK"), [("Content-Length", str(len(body)))])
     return [body]
 
 
@@ -260,6 +260,15 @@ def test_an_abandoned_application_ends_no_connection(turns: Turns) -> None:
     client.sendall(SMALL_REQUEST)
     while not turns.take()[0] or turns.loop._requests < 2:
         assert len(turns.loop._connections) == len(turns.clients)
+
+
+@pytest.mark.parametrize(("status", "teaches"), [(200, True), (401, False), (404, False), (422, True), (503, False)])
+def test_what_was_not_served_teaches_nothing(turns: Turns, status: int, teaches: bool) -> None:
+    """Nobody without a key can fill the places for service times, or have them look shorter."""
+    turns.clients[0].sendall(SMALL_REQUEST.replace(b"Host", b"Status: %d A\r\nHost" % status))
+    while not turns.received[0]:
+        turns.take()
+    assert bool(turns.loop._admission._seconds) is teaches
 
 
 def test_little_is_read_ahead(turns: Turns) -> None:
