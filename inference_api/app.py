@@ -1,6 +1,7 @@
 """Wiring: from settings and models to the WSGI application."""
 
 import logging
+import math
 import os
 import sys
 import threading
@@ -54,7 +55,12 @@ def create_app(settings: Settings, schemas: Sequence[Schema], metrics: Metrics) 
         )
     if settings.metrics:
         models = {schema.path: (schema.model.name, schema.model.version) for schema in schemas}
-        add_get(app, "/metrics", CONTENT_TYPE, lambda: metrics.render(models))
+
+        def scrape() -> bytes:
+            # The server knows when it was asked, see worker/loop.py.
+            return metrics.render(models, (serving.environ or {}).get("inference_api.asked", math.inf))
+
+        add_get(app, "/metrics", CONTENT_TYPE, scrape)
     if settings.docs:
         add_docs(app, openapi(schemas, with_keys=bool(settings.api_keys), with_metrics=settings.metrics))
     return app

@@ -1,8 +1,10 @@
 """Metrics for Prometheus: counted by each worker in memory that all of them share, summed when scraped."""
 
 import functools
+import math
 import mmap
 import threading
+import time
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, takewhile
@@ -83,6 +85,7 @@ class Metrics:
         self._rows = [memory[slot * end : (slot + 1) * end] for slot in range(SLOTS)]
         self._row = self._rows[0]
         self._lock = threading.Lock()
+        self._last_text = -math.inf, b""  # when it was begun
 
     def take_slot(self) -> int:
         """In the master before a fork: the lowest slot that no worker has; raises RuntimeError if there is none."""
@@ -161,8 +164,20 @@ class Metrics:
         row[_IN_FLIGHT], row[_PENDING] = in_flight, pending
         row[_CONNECTIONS], row[_THREADS_STUCK] = connections, threads_stuck
 
-    def render(self, models: Mapping[str, tuple[str, str]]) -> bytes:
-        """The metrics of all workers as CONTENT_TYPE; `models` gives each path's model, its name and version."""
+    def render(self, models: Mapping[str, tuple[str, str]], asked: float = math.inf) -> bytes:
+        """The metrics of all workers as CONTENT_TYPE; `models` gives each path's model, its name and version.
+
+        Who has `asked` before the last text was begun, by the monotonic clock, is given that: many who ask at once
+        cost no more than one.
+        """
+        began, text = self._last_text
+        if began <= asked:
+            began = time.monotonic()
+            text = self._render(models)
+            self._last_text = began, text
+        return text
+
+    def _render(self, models: Mapping[str, tuple[str, str]]) -> bytes:
         # The lowest free slot is always the next: above the first that was never taken none was.
         used = (self._rows[0], *takewhile(lambda row: row[_STARTS], self._rows[1:]))
         cells = [sum(column) for column in zip(*(row.tolist() for row in used), strict=True)]

@@ -322,6 +322,7 @@ class Loop:
             self._connections.hold(connection, exchange.body_bytes)
         if exchange.method in _GET_METHODS:  # health never waits behind predictions, nor is it refused
             self._journal.write()  # whoever asks for the metrics finds there what has been answered before
+            exchange.environ["inference_api.asked"] = time.monotonic()
             exchange.environ["inference_api.state"] = self._lifecycle.state
             self._get_pool.submit(exchange)
         elif (reason := self._admission.enter(exchange)) is None:

@@ -36,6 +36,23 @@ def samples(metrics: Metrics, models: dict[str, tuple[str, str]] = MODELS) -> di
     return found
 
 
+def test_who_asked_before_a_text_was_begun_is_given_that() -> None:
+    """Many who ask at once cost no more than one; who has asked since, or tells not when, finds all that has been."""
+    metrics = Metrics(PATHS)
+    asked = time.monotonic()
+    first = metrics.render(MODELS, asked)
+    metrics.record("/predict", "POST", 200, 0.25, None)
+    assert metrics.render(MODELS, asked) is first
+    second = metrics.render(MODELS, time.monotonic())
+    metrics.record("/predict", "POST", 200, 0.25, None)
+    third = metrics.render(MODELS)
+    requests = [
+        text.count(b'duration_seconds_count{route="/predict"} %d.0' % count)
+        for count, text in enumerate((first, second, third))
+    ]
+    assert requests == [1, 1, 1]
+
+
 def above_zero(metrics: Metrics, name: str) -> dict[str, float]:
     return {key: value for key, value in samples(metrics).items() if key.startswith(name) and value}
 
