@@ -24,7 +24,8 @@ _VALUE = r"[\t\x20-\x7e\x80-\xff]*"  # RFC 9110 §5.5
 _REQUEST_LINE = re.compile(rf"({_NAME}) ([\x21\x22\x24-\x7e]+) HTTP/([0-9])\.([0-9])")  # no fragment: %x23
 _FIELD_NAME = re.compile(_NAME)
 _FIELD_VALUE = re.compile(_VALUE)
-_ILL_BEGUN = re.compile(rb"\A[^!#$%&'*+\-.^_`|~0-9A-Za-z\r]|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n|\r(?!\n|\Z)")
+_FIRST_BYTE = re.compile(rf"{_NAME}|\r|\Z".encode())
+_FIELD_BYTES = bytes(byte for byte in range(256) if _FIELD_VALUE.fullmatch(chr(byte)))
 _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})[\t ]*(?:;%b)?\r\n" % _VALUE.encode())
 _TRAILER_LINE = re.compile(rf"(?:{_NAME}:{_VALUE})?\r\n".encode())
 _HOST = re.compile(r"(?:[A-Za-z0-9\-._~!$&'()*+,;=%]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?")
@@ -63,7 +64,10 @@ class RequestParser:
 
         What stands before `start` has been checked.
         """
-        if _ILL_BEGUN.search(head, start):
+        if head[start - 1 : start] == b"\r":  # whose LF, if any, comes after
+            start -= 1
+        lines = head[start:].removesuffix(b"\r").replace(b"\r\n", b"")
+        if lines.translate(None, _FIELD_BYTES) or not _FIRST_BYTE.match(head, 0, 1):
             raise Refusal(400, "The request is not HTTP/1.1.")
         line, crlf, _ = head.partition(b"\r\n")
         self._check_sizes(len(head), len(line.removesuffix(b"\r")))
@@ -108,7 +112,7 @@ class RequestParser:
         options = environ.get("HTTP_CONNECTION")
         keep_alive = is_http11
         if options is not None:
-            tokens = {token.strip("\t ") for token in options.lower().split(",")}
+            tokens = {token.strip("\t ") for token in set(options.lower().split(","))}
             keep_alive = "close" not in tokens and (is_http11 or "keep-alive" in tokens)
         return Head(is_http11, keep_alive, body_bytes, is_http11 and expectation is not None)
 
