@@ -40,7 +40,7 @@ class Connections(set[Connection]):
         self._selector = selector
         self._max_connections = max_connections
         self.are_all_busy = False  # when somebody was to be let in
-        self._evictable: list[tuple[Connection, float]] = []  # that were idle, since when; the longest last
+        self._idle: list[tuple[Connection, float]] = []  # some that were, since when; the longest last
         self.writable: dict[Connection, None] = {}  # that take more of their answer, in the order of their turns
         self._held_bytes = 0
         self._paused: dict[Connection, None] = {}  # that hold much: in the order in which they may go on
@@ -75,23 +75,24 @@ class Connections(set[Connection]):
 
     # How many there may be.
 
-    def has_room(self, now: float) -> bool:
-        """Whether one more may be opened, if need be in the place of one that is idle."""
-        return len(self) < self._max_connections or self.evict(now)
+    @property
+    def has_room(self) -> bool:
+        """Whether one more may be opened."""
+        return len(self) < self._max_connections
 
-    def evict(self, now: float) -> bool:
-        """Close the connection that has been idle for longest; returns whether there was one."""
+    def longest_idle(self, now: float) -> Connection | None:
+        """The one that may be closed so that another can be opened; None if all are busy."""
         for _ in range(2):
-            while self._evictable:
-                connection, since = self._evictable.pop()
+            while self._idle:
+                connection, since = self._idle[-1]
                 if connection.since == since and self._is_idle(connection):
-                    self.close(connection)
-                    return True
+                    return connection
+                self._idle.pop()
             # Not one that was accepted in this very turn: nobody has looked yet whether its request has come.
             idle = ((c, c.since) for c in self if c.phase in _IDLE_PHASES and c.since < now)
-            self._evictable = sorted(idle, key=itemgetter(1), reverse=True)
+            self._idle = sorted(idle, key=itemgetter(1), reverse=True)
         self.are_all_busy = True
-        return False
+        return None
 
     def _is_idle(self, connection: Connection) -> bool:
         if connection.phase not in _IDLE_PHASES or connection.buffer or connection not in self:

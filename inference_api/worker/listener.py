@@ -88,7 +88,8 @@ class Listener:
     def accept(self, listening: socket.socket, now: float) -> bool:
         """Accept some connections; returns whether more may be waiting."""
         for _ in range(ACCEPTS_PER_TURN):
-            if not self._connections.has_room(now):
+            idle = None
+            if not self._connections.has_room and (idle := self._connections.longest_idle(now)) is None:
                 self.pause()
                 return False
             try:
@@ -98,7 +99,8 @@ class Listener:
             except OSError as exc:
                 if exc.errno not in _OUT_OF_RESOURCES:  # that client has gone
                     continue
-                if self._connections.evict(now):
+                if (idle := self._connections.longest_idle(now)) is not None:
+                    self._connections.close(idle)
                     continue
                 if not self._is_short:
                     log.warning("accepting pauses: %s", exc.strerror)
@@ -106,6 +108,8 @@ class Listener:
                 self.pause()
                 return False
             self._is_short = False
+            if idle is not None:  # only now that somebody has its place
+                self._connections.close(idle)
             sock.setblocking(False)
             with contextlib.suppress(OSError):
                 _ignore_below(0, sock)  # set where another worker is closing its listener

@@ -507,17 +507,17 @@ class Loop:
     # Time.
 
     def _tick(self) -> None:
-        now, pool = self._now, self._pool
+        now, pool, connections = self._now, self._pool, self._connections
         self._next_tick = now + TICK_SECONDS  # first: a signal handler may have it come at once
         self._journal.write()
-        for connection in [c for c in self._connections if c.expires <= now]:
+        for connection in [c for c in connections if c.expires <= now]:
             self._guarded(self._expire, connection)
-        if self._connections.are_all_busy and not self._connections.has_room(now):
+        if connections.are_all_busy and not connections.has_room and connections.longest_idle(now) is None:
             self._make_room()
         else:
             self._slow_at_once = 1
-        self._connections.are_all_busy = False
-        self._connections.resume()
+        connections.are_all_busy = False
+        connections.resume()
         self._listener.tick(now)
         self._check_threads()
         if pool.jobs:
@@ -535,7 +535,7 @@ class Loop:
         self._metrics.gauges(
             in_flight=len(pool.taken) - pending,
             pending=pending,
-            connections=len(self._connections),
+            connections=len(connections),
             threads_stuck=len(pool.overdue),
         )
         self._metrics.count("log_lines_dropped", self._writer.take_dropped())

@@ -534,6 +534,19 @@ def test_pipelined_requests_are_not_cut_off_for_room(tmp_path: Path) -> None:
             assert answer_of(other).status == 200
 
 
+def test_a_newcomer_takes_the_place_of_one(tmp_path: Path) -> None:
+    """At MAX_CONNECTIONS no more idle connections are closed than others are let in."""
+    with running(tmp_path, MAX_CONNECTIONS="10") as service, clients(service, 10) as many:
+        for client in many:
+            client.sendall(HEALTH)
+            assert answer_of(client).status == 200
+        with clients(service, 3) as newcomers:
+            for newcomer in newcomers:
+                newcomer.sendall(HEALTH)
+                assert answer_of(newcomer).status == 200
+            assert [is_open(client) for client in many] == [False] * 3 + [True] * 7
+
+
 @pytest.mark.parametrize(
     "beginning", [b"POST /predict HTTP/1.1\r\nHost: h\r\n", post_request("/predict", b" " * 1_000_000)[:900]]
 )
