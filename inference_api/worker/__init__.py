@@ -3,6 +3,7 @@
 import gc
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -25,6 +26,9 @@ YOUNG_OBJECTS = 2_000
 """So many new objects begin a garbage collection, as from Python 3.13 on; a batch of requests makes more than the 700
 of earlier ones."""
 
+OTHER_DESCRIPTORS = 64
+"""Files that a worker has open besides its connections: its own, and its models'."""
+
 log = logging.getLogger("inference_api.worker")
 
 
@@ -45,6 +49,7 @@ class Worker(BaseWorker):  # type: ignore[misc] # Gunicorn has no types
         if 0 < gc.get_threshold()[0] < YOUNG_OBJECTS:  # 0: a model has turned it off
             gc.set_threshold(YOUNG_OBJECTS)
         settings, cfg = self.settings, self.cfg
+        _allow_descriptors(settings.max_connections + OTHER_DESCRIPTORS)
         name = self.sockets[0].getsockname()
         host, port = (str(name[0]), str(name[1])) if isinstance(name, tuple) else ("localhost", "")
         base = {
@@ -129,3 +134,12 @@ class Worker(BaseWorker):  # type: ignore[misc] # Gunicorn has no types
         for stopping in (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):
             signal.signal(stopping, signal.SIG_IGN)
         sys.exit(0)
+
+
+def _allow_descriptors(needed: int) -> None:
+    """Raise the limit of open files, where it is lower: to what is needed, or as far as this process may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(needed, hard), hard))
+    if hard < needed:
+        log.warning("too few files may be open for MAX_CONNECTIONS", extra={"limit": hard, "needed": needed})

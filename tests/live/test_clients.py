@@ -4,6 +4,7 @@ import contextlib
 import os
 import resource
 import selectors
+import signal
 import socket
 import struct
 import threading
@@ -601,6 +602,24 @@ def test_running_out_of_descriptors_does_not_end_the_worker(tmp_path: Path) -> N
         assert service.workers() == [worker]
         assert len([line for line in service.settled_log() if line["message"].startswith("accepting pauses")]) == 1
         wait_for(lambda: descriptors() <= before, LIMIT_SECONDS)
+
+
+@pytest.mark.parametrize(("hard", "warnings"), [(4_096, 0), (80, 1)])
+def test_as_many_descriptors_may_be_open_as_are_needed(tmp_path: Path, hard: int, warnings: int) -> None:
+    """The limit is raised for MAX_CONNECTIONS as far as it may be; the log says where that is not enough."""
+    with running(tmp_path, PRELOAD="false", MAX_CONNECTIONS="100") as service:
+        resource.prlimit(service.process.pid, resource.RLIMIT_NOFILE, (50, hard))
+        (before,) = service.workers()
+        os.kill(before, signal.SIGKILL)
+        wait_for(lambda: service.workers() not in ([before], []), LIMIT_SECONDS)
+        service.wait_until_ready()
+        with clients(service, 100 if not warnings else 40) as many:
+            for client in many:
+                client.sendall(HEALTH)
+                assert answer_of(client).status == 200
+            assert all(map(is_open, many))
+        lines = [line for line in service.log() if line["message"].startswith("too few files")]
+        assert [(line["limit"], line["needed"]) for line in lines] == [(hard, 164)] * warnings
 
 
 def knock(service: Service, count: int, model: str, is_full: Callable[[], bool]) -> Sequence[int]:
