@@ -1,5 +1,6 @@
 """What operators set: environment variables, read once, checked, and held in one frozen dataclass."""
 
+import functools
 import math
 import os
 import pkgutil
@@ -231,11 +232,17 @@ def read_settings() -> Settings:
 
     Raises SettingsError for a bad value.
     """
-    return Settings.from_environ({**_from_file(), **os.environ})
+    folder, environ = _surroundings()
+    return Settings.from_environ({**_from_file(folder / ".env"), **environ})
 
 
-def _from_file() -> dict[str, str]:
-    path = Path(".env")
+@functools.cache
+def _surroundings() -> tuple[Path, dict[str, str]]:
+    """The working folder and the environment at the start: models may change both before a reload."""
+    return Path.cwd(), dict(os.environ)
+
+
+def _from_file(path: Path) -> dict[str, str]:
     try:
         if not path.is_file():
             return {}

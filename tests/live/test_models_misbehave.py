@@ -76,6 +76,8 @@ class Meddling(Unruly):
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD, signal.SIGQUIT, signal.SIGABRT):
             signal.signal(number, signal.SIG_IGN)
         locale.setlocale(locale.LC_ALL, "C.UTF-8")
+        os.chdir("/")
+        os.environ["API_KEYS"] = "the-model-s-own"
         print("loading")
 """
 VARIABLES = {
@@ -318,13 +320,22 @@ def is_replaced(service: Service, worker: int) -> bool:
     return len(now) == int(service.variables["WEB_CONCURRENCY"]) and worker not in now
 
 
-def test_a_model_that_changes_signal_handlers_while_loading(tmp_path: Path) -> None:
-    """The service still reloads, replaces a killed worker and shuts down, also after a reload that loads it again."""
+def test_a_model_that_meddles_while_loading(tmp_path: Path) -> None:
+    """Handlers of signals, folder, environment: the service still reloads, replaces a killed worker and shuts down.
+
+    Each time it reads its settings from where they were, and nobody gets in without a key.
+    """
     variables: dict[str, Any] = VARIABLES | {"MODELS": "unruly=models:Meddling", "WEB_CONCURRENCY": "1"}
+    (tmp_path / ".env").write_text("API_KEYS=the-first-key")
     with running(tmp_path, MODELS, **variables) as service:
         for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGKILL):
             (worker,) = service.workers()
+            if number == signal.SIGHUP:
+                (tmp_path / ".env").write_text(f"API_KEYS=the-key-after-{worker}")
+                key = f"the-key-after-{worker}"
             os.kill(worker if number == signal.SIGKILL else service.process.pid, number)
             wait_for(partial(is_replaced, service, worker), LIMIT_SECONDS, lambda: service.output)
-            assert service.request("POST", "/unruly", {"does": "say"}).status == 200
+            for given, status in ((key, 200), ("the-first-key", 401), ("the-model-s-own", 401)):
+                headers = {"X-API-Key": given}
+                assert service.request("POST", "/unruly", {"does": "say"}, headers).status == status
         assert service.terminate(LIMIT_SECONDS) == 0

@@ -2,12 +2,13 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from inference_api import config
 from inference_api.config import (
     MAX_WORKERS,
     Settings,
@@ -60,12 +61,14 @@ def values_of(settings: Settings) -> dict[str, Any]:
 
 
 @pytest.fixture
-def environ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+def environ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """An empty working folder and an environment that sets none of the variables."""
     monkeypatch.chdir(tmp_path)
     for variable in DEFAULTS:
         monkeypatch.delenv(variable, raising=False)
-    return monkeypatch
+    config._surroundings.cache_clear()
+    yield monkeypatch
+    config._surroundings.cache_clear()
 
 
 @pytest.mark.parametrize("text", [None, "", "  "])
