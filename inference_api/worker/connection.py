@@ -122,6 +122,11 @@ class Connection:
         self._body = None
 
     @property
+    def is_new(self) -> bool:
+        """Whether no head of a request has come yet."""
+        return self._environ is self._base
+
+    @property
     def is_within_request(self) -> bool:
         """Whether part of a request has come."""
         return bool(self.buffer) or self._body is not None

@@ -7,7 +7,6 @@ import socket
 import sys
 import termios
 from contextlib import suppress
-from operator import itemgetter
 
 from inference_api.worker.connection import Connection, Phase
 from inference_api.worker.wsgi import Exchange
@@ -39,8 +38,8 @@ class Connections(set[Connection]):
         super().__init__()
         self._selector = selector
         self._max_connections = max_connections
-        self.are_all_busy = False  # when somebody was to be let in
-        self._idle: list[tuple[Connection, float]] = []  # some that were, since when; the longest last
+        self.lacks_room = False  # somebody has been let in at the cost of one who is new, or not at all
+        self._idle: list[tuple[Connection, float]] = []  # some that were, since when; who is to be closed first is last
         self.writable: dict[Connection, None] = {}  # that take more of their answer, in the order of their turns
         self._held_bytes = 0
         self._paused: dict[Connection, None] = {}  # that hold much: in the order in which they may go on
@@ -82,17 +81,24 @@ class Connections(set[Connection]):
 
     def longest_idle(self, now: float) -> Connection | None:
         """The one that may be closed so that another can be opened; None if all are busy."""
-        for _ in range(2):
+        for _ in range(2):  # first among those that have been found since `look_anew`
             while self._idle:
                 connection, since = self._idle[-1]
                 if connection.since == since and self._is_idle(connection):
+                    self.lacks_room = self.lacks_room or (connection.is_new and now - since < LOOK_SECONDS)
                     return connection
                 self._idle.pop()
             # Not one that was accepted in this very turn: nobody has looked yet whether its request has come.
-            idle = ((c, c.since) for c in self if c.phase in _IDLE_PHASES and c.since < now)
-            self._idle = sorted(idle, key=itemgetter(1), reverse=True)
-        self.are_all_busy = True
+            idle = [each for each in self if each.phase in _IDLE_PHASES and each.since < now]
+            idle.sort(key=lambda each: (each.phase is Phase.IDLE, each.since), reverse=True)
+            self._idle = [(each, each.since) for each in idle]
+        self.lacks_room = True
         return None
+
+    def look_anew(self) -> None:
+        """Called now and then: others may be idle by now."""
+        self.lacks_room = False
+        self._idle.clear()
 
     def _is_idle(self, connection: Connection) -> bool:
         if connection.phase not in _IDLE_PHASES or connection.buffer or connection not in self:

@@ -512,11 +512,11 @@ class Loop:
         self._journal.write()
         for connection in [c for c in connections if c.expires <= now]:
             self._guarded(self._expire, connection)
-        if connections.are_all_busy and not connections.has_room and connections.longest_idle(now) is None:
+        if connections.lacks_room:
             self._make_room()
         else:
             self._slow_at_once = 1
-        connections.are_all_busy = False
+        connections.look_anew()
         connections.resume()
         self._listener.tick(now)
         self._check_threads()

@@ -122,6 +122,17 @@ def test_one_of_this_very_turn_is_not_closed(opened: Opened) -> None:
     assert opened.evict() is None
 
 
+def test_more_room_is_needed_where_one_goes_who_has_just_come(opened: Opened) -> None:
+    """Its request may be on its way. Who has been answered has nothing to lose, nor has who lingers."""
+    old, newest, answered = opened.add(since=1.0), opened.add(since=NOW - 0.5), opened.add(since=NOW - 0.6)
+    lingering = opened.add(since=NOW - 0.1, phase=Phase.LINGERING)
+    answered._environ = lingering._environ = {}
+    for expected, lacks_room in ((lingering, False), (old, False), (answered, False), (newest, True), (None, True)):
+        opened.connections.look_anew()
+        assert opened.evict() is expected
+        assert opened.connections.lacks_room is lacks_room
+
+
 def test_the_slowest_comes_or_goes_most_slowly(opened: Opened) -> None:
     """What is fast enough, too young to tell, or waits for its turn is not slow."""
     silent, dripping, fast, young = (opened.add(since=since, phase=Phase.READING) for since in (0.0, 0.0, 0.0, 9.5))
