@@ -108,11 +108,13 @@ class Connection:
         self._body = None
         return Exchange(self, environ, body, head.is_http11, head.keep_alive)
 
-    def refused(self) -> Exchange:
+    def refused(self, now: float) -> Exchange:
         """A stand-in for a request that could not be read, so that its refusal is answered and logged like others."""
         self._body = None  # the connection may linger: what has come of the body is not kept meanwhile
         known = {"REQUEST_METHOD": "", "PATH_INFO": "", **self._environ}
-        return Exchange(self, known, b"", is_http11=True, keep_alive=False)
+        exchange = Exchange(self, known, b"", is_http11=True, keep_alive=False)
+        exchange.arrived = now
+        return exchange
 
     def forget(self) -> None:
         """Let go of all that it holds, as it is closed: there may be references to it for a while."""

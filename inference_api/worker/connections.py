@@ -13,6 +13,8 @@ from inference_api.worker.wsgi import Exchange
 
 MAX_HELD_BYTES = 64 * 1_048_576
 """Bytes of request bodies held in one worker; beyond it, connections that hold much are not read from."""
+MAX_COMPLETE_BYTES = MAX_HELD_BYTES // 2
+"""Of them, those of requests that wait or run; beyond it, no further one is completed meanwhile."""
 MIN_PAUSED_BYTES = 65_536
 MAX_UNREAD_BYTES = 256 * 1_048_576
 """Bytes of whole answers, waiting in one worker for their clients to read them; beyond it some are given up."""
@@ -42,7 +44,7 @@ class Connections(set[Connection]):
         self._idle: list[tuple[Connection, float]] = []  # some that were, since when; who is to be closed first is last
         self.writable: dict[Connection, None] = {}  # that take more of their answer, in the order of their turns
         self._held_bytes = 0
-        self._paused: dict[Connection, None] = {}  # that hold much: in the order in which they may go on
+        self.paused: dict[Connection, None] = {}  # that are not read from, in the order in which they may go on
         self.unread: dict[Connection, Unread] = {}  # their answers, once these are whole, until they have been read
 
     def add(self, connection: Connection) -> None:
@@ -125,20 +127,25 @@ class Connections(set[Connection]):
         self._held_bytes += count - connection.held_bytes
         connection.held_bytes = count
         if not count or connection.phase is not Phase.READING:
-            self._paused.pop(connection, None)
+            self.paused.pop(connection, None)
         elif count > MIN_PAUSED_BYTES and self._held_bytes > MAX_HELD_BYTES:
-            self._paused.setdefault(connection)
-            if connection is not next(iter(self._paused)):  # one goes on, or none would ever be complete
+            self.paused.setdefault(connection)
+            if connection is not self._goes_on():
                 self.watch(connection, connection.events & ~READ)
 
     def resume(self) -> None:
-        """Read on from paused connections: from all where there is room again, else from the first."""
+        """Read on from paused connections: from all where there is room again, else from the first if need be."""
         has_room = self._held_bytes <= MAX_HELD_BYTES
-        for connection in list(self._paused) if has_room else list(self._paused)[:1]:
+        for connection in list(self.paused) if has_room else filter(None, [self._goes_on()]):
             if not connection.has_more:
                 self.watch(connection, connection.events | READ)
         if has_room:
-            self._paused.clear()
+            self.paused.clear()
+
+    def _goes_on(self) -> Connection | None:
+        """Who may send more although all hold too much: one at a time, or no request would ever be complete."""
+        complete_bytes = sum(each.held_bytes for each in self if each.phase is Phase.RUNNING)
+        return next(iter(self.paused), None) if complete_bytes < MAX_COMPLETE_BYTES else None
 
     def _stalled(self) -> "dict[Connection, Unread]":
         """The answers of which nobody takes more now."""

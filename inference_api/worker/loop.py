@@ -442,9 +442,14 @@ class Loop:
 
     def _refuse(self, connection: Connection, status: int, detail: str) -> None:
         """Answer what is not a request, and end the connection: what follows in it cannot be understood."""
-        exchange = connection.refused()
-        exchange.arrived = self._now
-        self._answer(connection, exchange, status, detail)
+        self._answer(connection, connection.refused(self._now), status, detail)
+
+    def _refuse_late(self, connection: Connection, detail: str) -> None:
+        """Answer what has not come in time; where it was not read on, that is not its client's fault."""
+        if connection in self._connections.paused:
+            self._shed(connection, connection.refused(self._now), "pending")
+        else:
+            self._refuse(connection, 408, detail)
 
     def _shed(self, connection: Connection, exchange: Exchange, reason: str) -> None:
         self._metrics.shed(reason)
@@ -544,7 +549,7 @@ class Loop:
         """A connection has been in its phase for too long."""
         exchange, answer = connection.exchange, self._connections.unread.get(connection)
         if connection.phase is _READING:
-            self._refuse(connection, 408, f"The request took longer than {self._settings.read_timeout:g} seconds.")
+            self._refuse_late(connection, f"The request took longer than {self._settings.read_timeout:g} seconds.")
         elif exchange is not None:
             self._metrics.count("requests_timed_out")
             log.warning("deadline passed", extra={**exchange.log_fields, "started": bool(exchange.started)})
@@ -572,7 +577,7 @@ class Loop:
     def _end_slow(self, connection: Connection) -> None:
         answer = self._connections.unread.get(connection)
         if answer is None:
-            self._refuse(connection, 408, "The request came slowly, and others were waiting.")
+            self._refuse_late(connection, "The request came slowly, and others were waiting.")
         else:
             log.warning("an answer is given up: others were waiting", extra=answer.exchange.log_fields)
             self._connections.close(connection)

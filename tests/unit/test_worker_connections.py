@@ -9,6 +9,7 @@ import pytest
 
 from inference_api.worker.connection import Connection, Phase
 from inference_api.worker.connections import (
+    MAX_COMPLETE_BYTES,
     MAX_HELD_BYTES,
     MAX_UNREAD_BYTES,
     MIN_BYTES_PER_SECOND,
@@ -164,15 +165,18 @@ def test_what_is_watched_can_be_changed_and_ended(opened: Opened) -> None:
 
 
 def test_beyond_the_bound_all_but_the_first_pause(opened: Opened) -> None:
-    """They go on when there is room again, or when it is their turn."""
+    """They go on when there is room again, or when it is their turn and not too many others are complete."""
     other = opened.add(phase=Phase.RUNNING)
-    opened.connections.hold(other, MAX_HELD_BYTES // 2)
+    opened.connections.hold(other, MAX_COMPLETE_BYTES - 1)
     held = [opened.add(phase=Phase.READING) for _ in range(3)]
     for connection in held:
-        opened.connections.hold(connection, MAX_HELD_BYTES // 2 + 1)
+        opened.connections.hold(connection, MAX_HELD_BYTES // 2 + 2)
     assert [opened.is_read_from(connection) for connection in held] == [True, False, False]
     held[0].phase = Phase.RUNNING  # it is complete
-    opened.connections.hold(held[0], MAX_HELD_BYTES // 2)
+    opened.connections.hold(held[0], 1)
+    opened.connections.resume()
+    assert not any(opened.is_read_from(connection) for connection in held[1:])
+    opened.connections.hold(other, MAX_COMPLETE_BYTES - 2)
     opened.connections.resume()
     assert [opened.is_read_from(connection) for connection in held[1:]] == [True, False]
     opened.connections.close(held[1])

@@ -310,10 +310,10 @@ def test_refused_keeps_what_is_known() -> None:
     conn = connection()
     with pytest.raises(Refusal):
         conn.next_request(b"PUT /a HTTP/1.1\r\nHost: x\r\nX-Request-ID: me\r\nContent-Length: 9999\r\n\r\n")
-    exchange = conn.refused()
+    exchange = conn.refused(1.0)
     assert (exchange.method, exchange.path, exchange.request_id) == ("PUT", "/a", "me")
     assert not exchange.keep_alive
-    assert connection().refused().method == ""
+    assert connection().refused(1.0).method == ""
 
 
 def test_remembered_head_is_not_shared() -> None:
@@ -328,7 +328,7 @@ def test_remembered_head_is_not_shared() -> None:
     assert told(second) == one(data % b"b")
     with pytest.raises(Refusal):
         conn.next_request(b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nX\r\n")
-    assert conn.refused().method == "POST"
+    assert conn.refused(1.0).method == "POST"
 
 
 @pytest.mark.parametrize(
@@ -541,7 +541,7 @@ def test_any_bytes(pieces: list[bytes]) -> None:
                 found.extend(map(told, exchanges(conn, piece)))  # also what comes before a refusal
         except Refusal as refusal:
             assert refusal.status in (400, 413, 414, 417, 431, 501, 505)
-            assert not conn.refused().keep_alive
+            assert not conn.refused(1.0).keep_alive
             return found, refusal.status
         return found, 0
 
