@@ -1,6 +1,7 @@
 """From the concurrent calls of many threads to the calls of one model: one input at a time, or in batches."""
 
 import logging
+import math
 import os
 import threading
 import time
@@ -29,6 +30,7 @@ class Caller:
 
     abandoned = False  # nobody waits for its answer any more: set by the server
     is_waiting = False  # for a batch to begin, and not worth running if its client leaves: for the server
+    batch_began = math.inf  # by the monotonic clock, the batch that it is in: for the server
 
 
 class Direct:
@@ -226,6 +228,8 @@ class Batcher:
         calls = dict.fromkeys(call for call, _ in batch)
         try:
             started, pid = self._gathering.clock(), os.getpid()
+            for call in calls:
+                call.caller.batch_began = started
             serving.environ = next(iter(calls)).environ if len(calls) == 1 else None
             self._run(batch)
             if os.getpid() != pid:  # the model has forked: the child must not answer for its parent

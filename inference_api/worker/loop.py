@@ -38,6 +38,8 @@ IDLE_AT_CLOSE_SECONDS = 1.0
 LATE_SECONDS = 0.01
 MAX_SLOW_AT_ONCE = 64
 """Where nobody can be let in, the slowest is ended, then twice as many at each tick for as long as that lasts."""
+STUCK_BATCH_TIMEOUTS = 2
+"""A batch that takes so many times REQUEST_TIMEOUT is stuck, and with it the only thread that can run its model."""
 RESERVED_PART = 8
 """One of so many connections is not for requests that wait, but for /health and refusals."""
 GONE_STATUS = 499
@@ -588,15 +590,18 @@ class Loop:
         pool.overdue = {exchange for exchange in pool.taken if exchange.started and exchange.deadline <= self._now}
         for exchange in pool.overdue:  # which are not counted on any more, until they come back
             self._admission.leave(exchange)
-        is_stuck = 0 < pool.size <= len(pool.overdue)
+        latest = self._now - STUCK_BATCH_TIMEOUTS * self._settings.request_timeout
+        has_stuck_batch = any(exchange.batch_began <= latest for exchange in pool.overdue)
+        is_stuck = has_stuck_batch or 0 < pool.size <= len(pool.overdue)
         if is_stuck and not self._lifecycle.is_in_grace:
             self._listener.pause()
         if is_stuck != self._lifecycle.is_stuck:
             self._lifecycle.is_stuck = is_stuck
             if is_stuck:
-                log.error("all threads are stuck", extra={"threads": pool.size})
+                what = "a batch is stuck" if has_stuck_batch else "all threads are stuck"
+                log.error(what, extra={"threads": len(pool.overdue)})
             else:
-                log.warning("threads are free again")
+                log.warning("nothing is stuck any more")
 
     def _advance_end(self) -> None:
         self._lifecycle.advance(self._now)

@@ -53,9 +53,9 @@ class Exchange:
 
     __slots__ = (
         "_headers", "_is_bodiless", "_left", "_outbox", "_status_line", "_waiting_since", "abandoned",
-        "arrived", "body_bytes", "connection", "cost", "deadline", "ended", "environ", "is_http11", "is_waiting",
-        "keep_alive", "later", "method", "model", "path", "place", "pool", "produced_bytes", "request_id", "room",
-        "sent_bytes", "started", "status", "traceparent", "waited_seconds",
+        "arrived", "batch_began", "body_bytes", "connection", "cost", "deadline", "ended", "environ", "is_http11",
+        "is_waiting", "keep_alive", "later", "method", "model", "path", "place", "pool", "produced_bytes",
+        "request_id", "room", "sent_bytes", "started", "status", "traceparent", "waited_seconds",
     )  # fmt: skip
 
     def __init__(
@@ -71,6 +71,7 @@ class Exchange:
         self.is_http11 = is_http11
         self.keep_alive = keep_alive
         self.is_waiting = False  # for a batch to begin, see batching.py
+        self.batch_began = math.inf
         self.pool: Pool | None = None  # whose threads run it
         self.place: threading.Lock | None = None  # reserved in the pool, for one that the I/O thread runs
         self.abandoned = False

@@ -418,6 +418,17 @@ def test_a_batch_that_is_stuck_for_good_costs_its_worker(impatient: Service) -> 
     assert is_answer_to("next", impatient.post("/predict", {"text": "next"}))
 
 
+def test_a_batch_that_is_stuck_is_noticed_by_one_request(tmp_path: Path) -> None:
+    """Its thread is the only one for its model, however few others wait for it."""
+    with running(tmp_path, MODELS, MODELS=SERVED, THREADS="8", REQUEST_TIMEOUT="1", TIMEOUT="2") as service:
+        workers = service.workers()
+        assert is_problem(service.post("/predict", {"text": f"wait:{tmp_path / 'never'}"}), 504)
+        wait_for(lambda: service.workers() not in ([], workers), WAIT_SECONDS)
+        service.wait_until_ready()
+        assert is_answer_to("next", service.post("/predict", {"text": "next"}))
+        assert "a batch is stuck" in [line["message"] for line in service.log()]
+
+
 def test_an_abort_in_a_batch_costs_its_worker_only(impatient: Service) -> None:
     """Whoever is in it gets no answer, which is better than a wrong one; the next is answered by a new worker."""
     gate = impatient.folder / "abort"
