@@ -1,5 +1,6 @@
 """What clients read: the OpenAPI document of exactly what is served, and Swagger UI from local files."""
 
+import functools
 import importlib.util
 import inspect
 import re
@@ -186,4 +187,5 @@ def add_docs(app: "falcon.App[Any, Any]", document: dict[str, Any]) -> None:
         add(path, "text/html; charset=utf-8", lambda: _PAGE, "no-cache")
     add("/docs/start.js", _JAVASCRIPT, lambda: _START_SCRIPT, ASSET_CACHE_CONTROL)
     for name, (file_name, media_type) in _ASSETS.items():
-        add(f"/docs/{name}", media_type, (folder / file_name).resolve(strict=True).read_bytes, ASSET_CACHE_CONTROL)
+        read = functools.cache((folder / file_name).resolve(strict=True).read_bytes)
+        add(f"/docs/{name}", media_type, read, ASSET_CACHE_CONTROL)

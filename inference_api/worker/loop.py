@@ -229,15 +229,18 @@ class Loop:
                 self._failed(connection)
         for exchange in ended:
             if exchange.pool is self._get_pool:
-                self._get_pool.take_back(exchange)
+                body = self._get_pool.take_back(exchange)
             else:
-                pool.take_back(exchange)
+                body = pool.take_back(exchange)
                 admission.leave(exchange)
                 if exchange.ended and exchange.status not in _NOT_SERVED:
                     admission.observe(exchange, exchange.ended - exchange.started)
             connection = exchange.connection
             if connection.exchange is exchange:  # its answer has been sent
                 try:
+                    if body is not None:
+                        connection.output.append(memoryview(body))
+                        self._connections.watch(connection, connection.events | WRITE)
                     self._answered(connection, exchange)
                 except Exception:
                     self._failed(connection)

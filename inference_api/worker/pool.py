@@ -35,11 +35,17 @@ class Outbox:
 
         None: the answer cannot be completed and is to be cut off, or the exchange was not run.
         """
-        if data is not None and len(data) > LARGE_BYTES and exchange.room is None and exchange.pool is not None:
-            exchange.pool.large.add(exchange)
         self.pieces.append((exchange, data, is_last))
         if self.is_asleep:
             self.wake()
+
+    def deliver_whole(self, exchange: Exchange, head: bytes, body: bytes) -> None:
+        """Hand a whole answer to the I/O thread. A large body is not copied to stand behind its head."""
+        if len(body) > LARGE_BYTES and exchange.pool is not None:
+            exchange.pool.large[exchange] = body
+            self.deliver(exchange, head, True)
+        else:
+            self.deliver(exchange, head + body, True)
 
     def resume(self, exchange: Exchange) -> None:
         """Have the I/O thread run an exchange again; from any thread."""
@@ -68,7 +74,7 @@ class Pool:
         self.taken: dict[Exchange, None] = {}  # that wait or run, in the order in which they came
         self.overdue: set[Exchange] = set()  # of them, those that run past their deadline
         self.idle: list[threading.Lock] = []  # of the threads that wait for work
-        self.large: set[Exchange] = set()  # of them, those that ended with a large answer
+        self.large: dict[Exchange, bytes] = {}  # of those taken, which ended with a large answer: its body
         self.unsent_bytes = 0  # of answers that wait for their turn, but for the next one
         self._duties: dict[threading.Lock, Callable[[], None]] = {}  # by the lock of whose it is
         self.run = run
@@ -123,11 +129,11 @@ class Pool:
         self._duties[place] = duty
         place.release()
 
-    def take_back(self, exchange: Exchange) -> None:
-        """A thread is done with a request."""
+    def take_back(self, exchange: Exchange) -> bytes | None:
+        """A thread is done with a request; returns the body of its answer, if that is large and still to be sent."""
         del self.taken[exchange]
         self.overdue.discard(exchange)
-        self.large.discard(exchange)
+        return self.large.pop(exchange, None)
 
     def wake(self) -> None:
         """Wake one idle thread, if there is work for it."""

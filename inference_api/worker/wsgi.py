@@ -231,7 +231,9 @@ class Exchange:
 
     def _send_whole(self, body: bytes) -> None:
         """The usual case: the head, and all of the body with it."""
-        self._end(self._open(body) + (b"" if self._is_bodiless else body))
+        head = self._open(body)
+        self.ended = time.monotonic()
+        self._outbox.deliver_whole(self, head, b"" if self._is_bodiless else body)
 
     def _open(self, body: bytes | None) -> bytes:
         """The head of the answer: before all of its body or, where that is None, before pieces of it."""

@@ -153,7 +153,7 @@ def test_nothing_is_begun_while_answers_are_made_too_fast(runs: Runs, is_taken: 
     for _ in range(MAX_LARGE_ANSWERS + 1):
         answered = exchange()
         answered.pool = pool
-        outbox.deliver(answered, b"a" * (LARGE_BYTES + 1), True)
+        outbox.deliver_whole(answered, b"head", b"a" * (LARGE_BYTES + 1))
     if is_taken:
         pool.unsent_bytes = MAX_UNSENT_BYTES + 1
         pool.large.clear()
@@ -167,7 +167,7 @@ def test_nothing_is_begun_while_answers_are_made_too_fast(runs: Runs, is_taken: 
     if is_taken:
         pool.unsent_bytes -= 1
     else:
-        pool.large.pop()
+        pool.large.popitem()
     pool.wake()
     wait_for(lambda: len(runs.ended) == 1)
 
