@@ -19,8 +19,8 @@ MIN_PAUSED_BYTES = 65_536
 MAX_UNREAD_BYTES = 256 * 1_048_576
 """Bytes of whole answers, waiting in one worker for their clients to read them; beyond it some are given up."""
 MIN_BYTES_PER_SECOND = 65_536
-"""A client that takes as much of its answer in each READ_TIMEOUT is not cut off, however long that takes. One that
-sends or takes less may be, where nobody else can be let in."""
+"""A client that takes its answer as fast as that is not cut off after READ_TIMEOUT, however long it takes. One that
+sends or takes less may be before, where nobody else can be let in."""
 LOOK_SECONDS = 1.0
 """How fast a request comes, or an answer is read, is looked at for so long: before, nobody can tell."""
 YOUNG_BYTES_PER_SECOND = 2.0 * MIN_BYTES_PER_SECOND
@@ -117,7 +117,7 @@ class Connections(set[Connection]):
             for each in self
             if each.phase is Phase.READING and now - each.since >= LOOK_SECONDS
         }
-        speeds |= {each: answer.bytes_per_second(each, now) for each, answer in self._stalled().items()}
+        speeds |= {answer.connection: answer.bytes_per_second(now) for answer in self._stalled()}
         return sorted((each for each in speeds if speeds[each] < MIN_BYTES_PER_SECOND), key=speeds.__getitem__)
 
     # What they hold.
@@ -147,21 +147,20 @@ class Connections(set[Connection]):
         complete_bytes = sum(each.held_bytes for each in self if each.phase is Phase.RUNNING)
         return next(iter(self.paused), None) if complete_bytes < MAX_COMPLETE_BYTES else None
 
-    def _stalled(self) -> "dict[Connection, Unread]":
+    def _stalled(self) -> "list[Unread]":
         """The answers of which nobody takes more now."""
-        return {each: answer for each, answer in self.unread.items() if each not in self.writable}
+        return [answer for connection, answer in self.unread.items() if connection not in self.writable]
 
     def give_up(self, now: float) -> None:
         """Where those whose clients take no more of their answers hold too much, close the slowest, but for one."""
         stalled = self._stalled()
-        excess = sum(answer.held_bytes for answer in stalled.values()) - MAX_UNREAD_BYTES
+        excess = sum(answer.held_bytes for answer in stalled) - MAX_UNREAD_BYTES
         if excess <= 0:
             return
-        *slow, _ = sorted(stalled, key=lambda each: stalled[each].bytes_per_second(each, now))
-        for connection in slow:
-            answer = stalled[connection]
+        *slow, _ = sorted(stalled, key=lambda answer: answer.bytes_per_second(now))
+        for answer in slow:
             log.warning("an answer is given up: unread ones hold too much memory", extra=answer.exchange.log_fields)
-            self.close(connection)
+            self.close(answer.connection)
             excess -= answer.held_bytes
             if excess <= 0:
                 break
@@ -171,26 +170,22 @@ class Unread:
     """An answer that its client has not taken all of yet."""
 
     def __init__(self, connection: Connection, exchange: Exchange, now: float) -> None:
+        self.connection = connection
         self.exchange = exchange
         # A view keeps the whole of what it shows a part of.
         self.held_bytes = sum(memoryview(piece.obj).nbytes for piece in connection.output)
-        self._bytes_at_check = self._bytes_at_look = _untaken_bytes(connection)
+        self._untaken_bytes = _untaken_bytes(connection)
         self._looked = now
         self._bytes_per_second = YOUNG_BYTES_PER_SECOND
 
-    def bytes_per_second(self, connection: Connection, now: float) -> float:
+    def bytes_per_second(self, now: float) -> float:
         """How fast it has been read of late."""
         seconds = now - self._looked
         if seconds >= LOOK_SECONDS:
-            before, self._bytes_at_look = self._bytes_at_look, _untaken_bytes(connection)
-            self._bytes_per_second = (before - self._bytes_at_look) / seconds
+            before, self._untaken_bytes = self._untaken_bytes, _untaken_bytes(self.connection)
+            self._bytes_per_second = (before - self._untaken_bytes) / seconds
             self._looked = now
         return self._bytes_per_second
-
-    def is_read(self, connection: Connection, seconds: float) -> bool:
-        """Whether enough of it has been read in the seconds since this was last called."""
-        before, self._bytes_at_check = self._bytes_at_check, _untaken_bytes(connection)
-        return before - self._bytes_at_check >= MIN_BYTES_PER_SECOND * seconds
 
 
 def _untaken_bytes(connection: Connection) -> int:

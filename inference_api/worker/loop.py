@@ -15,7 +15,7 @@ from inference_api.logs import LineWriter
 from inference_api.metrics import Metrics
 from inference_api.worker.admission import Admission
 from inference_api.worker.connection import MAX_PIPELINED_BYTES, Connection, Phase
-from inference_api.worker.connections import READ, WRITE, Connections, Unread
+from inference_api.worker.connections import MIN_BYTES_PER_SECOND, READ, WRITE, Connections, Unread
 from inference_api.worker.http import Refusal
 from inference_api.worker.journal import Journal
 from inference_api.worker.lifecycle import Lifecycle
@@ -219,7 +219,7 @@ class Loop:
             connection = exchange.connection
             try:
                 if is_last and not exchange.ended:  # it was not run
-                    self._shed(connection, exchange, "deadline")
+                    self._shed(exchange, "deadline")
                 elif data is None:
                     self._journal.record(exchange, self._now)
                     self._connections.close(connection)
@@ -241,7 +241,7 @@ class Loop:
                     if body is not None:
                         connection.output.append(memoryview(body))
                         self._connections.watch(connection, connection.events | WRITE)
-                    self._answered(connection, exchange)
+                    self._answered(exchange)
                 except Exception:
                     self._failed(connection)
 
@@ -333,7 +333,7 @@ class Loop:
         elif (reason := self._admission.enter(exchange)) is None:
             self._pool.submit(exchange)
         else:
-            self._shed(connection, exchange, reason)
+            self._shed(exchange, reason)
 
     def _client_ended(self, connection: Connection) -> None:
         """The client sends no more: it has left, or has only closed its half (a FIN tells not which)."""
@@ -417,8 +417,9 @@ class Loop:
                 self._next(connection)
         return left
 
-    def _answered(self, connection: Connection, exchange: Exchange) -> None:
+    def _answered(self, exchange: Exchange) -> None:
         """The last byte of an answer is with the socket, or in `output`."""
+        connection = exchange.connection
         self._journal.record(exchange, self._now)
         connection.exchange = None
         connection.must_close = not exchange.keep_alive  # what an abandoned application still does changes nothing
@@ -447,31 +448,29 @@ class Loop:
 
     def _refuse(self, connection: Connection, status: int, detail: str) -> None:
         """Answer what is not a request, and end the connection: what follows in it cannot be understood."""
-        self._answer(connection, connection.refused(self._now), status, detail)
+        self._answer(connection.refused(self._now), status, detail)
 
     def _refuse_late(self, connection: Connection, detail: str) -> None:
         """Answer what has not come in time; where it was not read on, that is not its client's fault."""
         if connection in self._connections.paused:
-            self._shed(connection, connection.refused(self._now), "pending")
+            self._shed(connection.refused(self._now), "pending")
         else:
             self._refuse(connection, 408, detail)
 
-    def _shed(self, connection: Connection, exchange: Exchange, reason: str) -> None:
+    def _shed(self, exchange: Exchange, reason: str) -> None:
         self._metrics.shed(reason)
         retry_after = ("Retry-After", str(self._admission.retry_after_seconds()))
-        self._answer(connection, exchange, 503, _DETAILS[reason], retry_after)
+        self._answer(exchange, 503, _DETAILS[reason], retry_after)
 
-    def _answer(
-        self, connection: Connection, exchange: Exchange, status: int, detail: str, *more: tuple[str, str]
-    ) -> None:
+    def _answer(self, exchange: Exchange, status: int, detail: str, *more: tuple[str, str]) -> None:
         """The server's own answer to a request: from now on the application's is not wanted."""
         self._abandon(exchange)
         if self._outbox.closing:
             exchange.keep_alive = False
-        is_connected = self._send(connection, problem_answer(exchange, status, detail, *more))
+        is_connected = self._send(exchange.connection, problem_answer(exchange, status, detail, *more))
         exchange.status = status  # the application may have set its own meanwhile
         if is_connected:
-            self._answered(connection, exchange)
+            self._answered(exchange)
         else:
             self._journal.record(exchange, self._now)
 
@@ -532,7 +531,7 @@ class Loop:
         self._check_threads()
         if pool.jobs:
             for exchange in self._admission.hopeless(now):
-                self._shed(exchange.connection, exchange, "deadline")
+                self._shed(exchange, "deadline")
         self._admission.forget(now)
         self._advance_end()
         if now >= self._next_heartbeat:
@@ -563,11 +562,10 @@ class Loop:
                 self._journal.record(exchange, self._now)
                 self._connections.close(connection)
             else:
-                detail = f"The answer took longer than {self._settings.request_timeout:g} seconds."
-                self._answer(connection, exchange, 504, detail)
+                self._answer(exchange, 504, f"The answer took longer than {self._settings.request_timeout:g} seconds.")
         elif answer is None:
             self._connections.close(connection)
-        elif connection in self._connections.writable or answer.is_read(connection, self._settings.read_timeout):
+        elif connection in self._connections.writable or answer.bytes_per_second(self._now) >= MIN_BYTES_PER_SECOND:
             connection.expires = self._now + self._settings.read_timeout
         else:
             log.warning("an answer was not read in time", extra=answer.exchange.log_fields)

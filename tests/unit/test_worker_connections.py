@@ -242,7 +242,7 @@ def test_what_is_young_is_not_taken_for_slow(opened: Opened) -> None:
     opened.write(stalled, memoryview(bytes(20_000_000)), now=0.0)
     stalled.output = []
     reading = opened.connections.unread[stalled]
-    assert [reading.bytes_per_second(stalled, now) for now in (0.5, 10.0, 10.5, 11.0)] == [
+    assert [reading.bytes_per_second(now) for now in (0.5, 10.0, 10.5, 11.0)] == [
         YOUNG_BYTES_PER_SECOND, 2_000_000, 2_000_000, 0.0
     ]  # fmt: skip
     opened.write(young, answer, now=11.5)
