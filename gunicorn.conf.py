@@ -1,7 +1,8 @@
-"""Settings to Gunicorn's names; every reason and check is in inference_api/config.py."""
+"""Settings to Gunicorn's names; every check is in inference_api/config.py."""
 
 from pathlib import Path
 
+from inference_api.app import DEFAULT_THREADS
 from inference_api.arbiter import Hooks
 from inference_api.config import settings_or_exit
 
@@ -14,7 +15,7 @@ wsgi_app = "inference_api.app:get_app()"
 bind = f"{settings.host}:{settings.port}" if ":" not in settings.host else f"[{settings.host}]:{settings.port}"
 workers = settings.web_concurrency
 worker_class = settings.worker_class
-threads = settings.threads or 2
+threads = settings.threads or DEFAULT_THREADS
 preload_app = settings.preload
 max_requests = settings.max_requests
 max_requests_jitter = settings.max_requests_jitter

@@ -30,6 +30,7 @@ class Hooks:
         self.settings = settings
 
     def on_starting(self, arbiter: Any) -> None:
+        """In the master, before it binds: check what would fail later, and take the arbiter over."""
         log.info("starting", extra={"version": __version__, **effective(self.settings, arbiter.app.callable)})
         if self.settings.preload:
             try:
@@ -43,6 +44,7 @@ class Hooks:
         Supervisor.take_over(arbiter, self.settings)
 
     def pre_fork(self, arbiter: Any, worker: Any) -> None:
+        """In the master, before each fork: what the child is to know, and what both share."""
         worker.settings = self.settings
         worker.shutdown_flag, worker.is_served = arbiter.shutdown_flag, arbiter.is_served
         worker.was_served = arbiter.was_served
@@ -58,6 +60,7 @@ class Hooks:
         gc.freeze()
 
     def post_fork(self, _arbiter: Any, worker: Any) -> None:
+        """In the worker, before it loads the application."""
         os.register_at_fork(after_in_child=partial(_leave_to_parent, worker))
         worker.say_worn_out = partial(_say, worker, IS_WORN_OUT)
         worker.metrics.attach(worker.metrics_slot)
@@ -66,6 +69,7 @@ class Hooks:
             worker.app.callable = Service(self.settings)
 
     def post_worker_init(self, worker: Any) -> None:
+        """In the worker, before it serves: prepare the models, and wait for them where others serve meanwhile."""
         signal.signal(signal.SIGHUP, lambda *_: None)  # the master's, but a terminal tells its whole process group
         service, say_ready = worker.wsgi, partial(_say, worker, IS_READY)
         if not isinstance(service, Service):
@@ -81,10 +85,13 @@ class Hooks:
         while preparing.is_alive() and (worker.is_served[0] or is_late) and not is_told():
             worker.notify()
             preparing.join(HEARTBEAT_SECONDS)
-        if preparing.is_alive() and is_told() and (worker.is_served[0] or not worker.shutdown_flag[0]):
-            sys.exit(0)  # before it could serve; a shutdown that finds nobody else serving ends as it does in a worker
+        # A shutdown that finds nobody else serving ends as it does in a worker.
+        is_needed = worker.shutdown_flag[0] and not worker.is_served[0]
+        if preparing.is_alive() and is_told() and not is_needed:
+            sys.exit(0)
 
     def worker_exit(self, _arbiter: Any, worker: Any) -> None:
+        """In the worker, as it ends."""
         worker.log.writer.flush()
 
 

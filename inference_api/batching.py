@@ -146,6 +146,7 @@ class Call:
     # What follows is for the batcher.
 
     def put(self, index: int, output: Any) -> None:
+        """The output of one of its inputs."""
         self._outputs[index] = output
         self.missing -= 1
 

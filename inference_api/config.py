@@ -211,6 +211,7 @@ class Settings:
 
     @property
     def model_paths(self) -> tuple[str, ...]:
+        """Where models are served, as in a request: "/predict"."""
         return tuple(f"/{spec.path}" for spec in self.models)
 
     @classmethod

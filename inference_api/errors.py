@@ -23,7 +23,7 @@ _DETAILS = {
     404: "There is nothing at this path.",
     405: "The path does not answer this method.",
 }
-_OWN_DESCRIPTIONS = frozenset({401, 413, 415, 503})  # raised by this package only, see resources.py
+_OWN_DESCRIPTIONS = frozenset({401, 413, 415, 503})  # raised by this package only, see resources.py and app.py
 
 
 def add_error_handlers(app: "falcon.App[Any, Any]") -> None:

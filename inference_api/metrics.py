@@ -148,7 +148,7 @@ class Metrics:
             self._row[sizes + bisect_left(BATCH_SIZES, size)] += 1
             self._row[sizes + _BATCH_SUM] += size
 
-    # What follows is for the thread of `record` alone.
+    # The next three are for the thread of `record` alone.
 
     def shed(self, reason: str) -> None:
         """Count a request refused for one of REASONS."""
@@ -168,7 +168,7 @@ class Metrics:
         """The metrics of all workers as CONTENT_TYPE; `models` gives each path's model, its name and version.
 
         Who has `asked` before the last text was begun, by the monotonic clock, is given that: many who ask at once
-        cost no more than one.
+        cost no more than one. The worker's `inference_api.asked` in the WSGI environ says when.
         """
         began, text = self._last_text
         if began <= asked:
@@ -178,7 +178,7 @@ class Metrics:
         return text
 
     def _render(self, models: Mapping[str, tuple[str, str]]) -> bytes:
-        # The lowest free slot is always the next: above the first that was never taken none was.
+        # Slots are taken lowest first: the first that never started a worker ends those in use.
         used = (self._rows[0], *takewhile(lambda row: row[_STARTS], self._rows[1:]))
         cells = [sum(column) for column in zip(*(row.tolist() for row in used), strict=True)]
         return prometheus_client.generate_latest(_Families(self._families(cells, models)))
@@ -193,6 +193,7 @@ class Metrics:
             PREFIX + "request_duration_seconds", "From the last byte of a request to its answer.", labels=("route",)
         )
         for (route, method, status), (cell, first) in self._index.items():
+            # With the first cell of a route: its durations, once.
             if cell == first + _SECONDS_SUM + 1 and (route in models or any(cells[first:cell])):
                 durations.add_metric((route,), *_histogram(SECONDS, cells[first:cell]))
             if cells[cell] or (route in models and method == "POST" and status in STATUSES_FROM_ZERO):

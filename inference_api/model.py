@@ -40,6 +40,7 @@ class DummyModel:
     name, version = "dummy", "1.0.0"
 
     def predict(self, text: Text) -> str:
+        """The text in words that show that it has been here."""
         return f"predicted({text})"
 
 
@@ -49,6 +50,7 @@ class SquareNumbersModel:
     name, version = "square_numbers", "1.0.0"
 
     def predict(self, numbers: Numbers) -> list[int | float]:
+        """As many squares, in the same order."""
         return [number * number for number in numbers]
 
 
@@ -111,13 +113,15 @@ def find_model(spec: ModelSpec) -> Model:
     for attribute in ("name", "version"):
         value = getattr(model, attribute, None)
         if not isinstance(value, str) or not _NAME.fullmatch(value):
-            raise ModelError(f"MODELS: {spec}: {attribute} must be a string of 1 to 64 printable ASCII characters")
+            raise ModelError(
+                f"MODELS: {spec}: {attribute} must be a string of 1 to 64 printable ASCII characters, not {value!r:.80}"
+            )
     for method, required in (("predict", True), ("predict_batch", False), ("load", False), ("warm_up", False)):
         present = getattr(model, method, None)
         if not callable(present) and (required or present is not None):
             raise ModelError(f"MODELS: {spec}: {spec.class_name} has no method {method}()")
-    if not isinstance(getattr(model, "thread_safe", True), bool):
-        raise ModelError(f"MODELS: {spec}: thread_safe must be True or False")
+    if not isinstance(thread_safe := getattr(model, "thread_safe", True), bool):
+        raise ModelError(f"MODELS: {spec}: thread_safe must be True or False, not {thread_safe!r:.80}")
     return model
 
 

@@ -20,6 +20,8 @@ def title(status: int) -> str:
 
 
 class FieldError(msgspec.Struct):
+    """What is wrong with one place of a request's body."""
+
     pointer: str  # RFC 6901
     detail: str
 

@@ -26,7 +26,8 @@ class Health:
         self.state = state
 
     def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
-        # The server knows when it drains or is stuck, see worker/loop.py.
+        """200 where requests should be sent here, else 503; the state says why."""
+        # The server knows when it drains or is stuck, see worker/lifecycle.py.
         state = req.env.get("inference_api.state", "healthy")
         if state == "healthy":
             state = self.state
@@ -36,6 +37,7 @@ class Health:
         resp.cache_control = ("no-store",)
 
     def on_get_live(self, req: falcon.Request, resp: falcon.Response) -> None:
+        """200 as long as anything is answered."""
         resp.data = b'{"status":"alive"}'
         resp.cache_control = ("no-store",)
 
@@ -102,6 +104,7 @@ class Prediction:
         self._x_model = f"{schema.model.name}/{schema.model.version}"
 
     def on_post(self, req: falcon.Request, resp: falcon.Response) -> None:
+        """Predict; what is wrong with the request, or fails, is raised for errors.py."""
         resp.set_header("X-Model", self._x_model)
         environ = req.env
         if self._api_keys:
@@ -140,7 +143,7 @@ class Prediction:
     def _read(self, environ: dict[str, Any]) -> bytes:
         text = environ.get("CONTENT_LENGTH")
         if text:
-            length = _whole(text)
+            length = _content_length(text)
             if length > self._max_body_bytes:
                 raise self._too_large()
             body: bytes = environ["wsgi.input"].read(length)
@@ -159,7 +162,7 @@ class Prediction:
 
 
 @lru_cache
-def _whole(text: str) -> int:
+def _content_length(text: str) -> int:
     """The number that a Content-Length is; of more digits than Python would convert, one that is too large, too."""
     if not text.isascii() or not text.isdigit():
         raise falcon.HTTPBadRequest

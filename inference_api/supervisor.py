@@ -85,8 +85,9 @@ class Supervisor(Arbiter):  # type: ignore[misc] # Gunicorn has no types
             return
         try:
             settings = read_settings()
-            if (settings.host, settings.port) != (self.started.host, self.started.port):
-                raise SettingsError("HOST and PORT are not allowed to change at a reload: start the service anew")
+            before, after = (f"HOST={each.host} with PORT={each.port}" for each in (self.started, settings))
+            if after != before:
+                raise SettingsError(f"{after} is not allowed at a reload: it must be {before}, as at the start")
             self._rehearsal = Rehearsal(settings, self.LISTENERS)
         except (SettingsError, OSError) as exc:
             _refuse(str(exc))

@@ -114,7 +114,7 @@ class Worker(BaseWorker):  # type: ignore[misc] # Gunicorn has no types
             self.loop.request_stop()
 
     def _heartbeat(self) -> None:
-        """Tell the arbiter that this worker works; once it has gone, tell all workers that the service ends."""
+        """Tell the arbiter that this worker works; once that has gone, tell all workers that the service ends."""
         self.notify()
         if self.ppid != os.getppid():
             self.ppid: int = os.getppid()

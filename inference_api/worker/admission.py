@@ -109,7 +109,7 @@ class Admission:
         return found
 
     def forget(self, now: float) -> None:
-        """Called now and then: after a lull, forget which paths are slow."""
+        """Called now and then: after a lull, and at first, forget which paths are slow."""
         if self._pool.taken:
             self._busy_at = now
         elif now - self._busy_at > FORGET_SECONDS:

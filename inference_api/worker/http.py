@@ -1,6 +1,7 @@
 """HTTP/1.1 and 1.0 requests: from the bytes of a head to WSGI variables, and the framing of bodies (RFC 9112).
 
-What is not well-formed is refused, never repaired: two readers that repair differently are how requests are smuggled.
+What is not well-formed is refused, not repaired: two readers that repair differently are how requests are smuggled.
+Only empty lines before a request are skipped (RFC 9112 §2.2), and fields dropped whose names have an underscore.
 """
 
 import re

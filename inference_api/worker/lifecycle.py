@@ -37,7 +37,7 @@ class Lifecycle:
 
     @property
     def is_in_grace(self) -> bool:
-        """Whether nobody is let in any more."""
+        """Whether it is only finished what was begun."""
         return self.grace_ends < math.inf
 
     def stop(self, now: float) -> None:

@@ -43,7 +43,7 @@ class Listener:
         self._watch(False)
 
     def leave(self) -> None:
-        """Let nobody in any more; others accept from the same sockets."""
+        """Let nobody in any more. Where this worker is replaced, others accept from the same sockets."""
         self.is_done = True
         self._watch(False)
 

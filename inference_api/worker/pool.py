@@ -73,7 +73,8 @@ class Pool:
         self.jobs: deque[Exchange] = deque()
         self.taken: dict[Exchange, None] = {}  # that wait or run, in the order in which they came
         self.overdue: set[Exchange] = set()  # of them, those that run past their deadline
-        self.idle: list[threading.Lock] = []  # of the threads that wait for work
+        # Each lock is a thread that sleeps: to take it out is to have its place, to release it is to wake it.
+        self.idle: list[threading.Lock] = []
         self.large: dict[Exchange, bytes] = {}  # of those taken, which ended with a large answer: its body
         self.unsent_bytes = 0  # of answers that wait for their turn, but for the next one
         self._duties: dict[threading.Lock, Callable[[], None]] = {}  # by the lock of whose it is

@@ -104,7 +104,8 @@ class Role:
         ends = time.monotonic() + TURN_SECONDS
         pool, jobs, resumed, run = self._pool, self._pool.jobs, self._resumed, self._pool.run
         lock, is_quick, monotonic = self._lock, self._admission.is_quick, time.monotonic
-        place: threading.Lock | None = None  # in the pool, for what is run here: it is one of THREADS
+        # In the pool, for what is run here, one after the other: it is one of THREADS. What is deferred takes it along.
+        place: threading.Lock | None = None
         while self._last_quick < ends:
             if resumed:
                 if place is not None:

@@ -105,7 +105,8 @@ class Exchange:
                     self._send_whole(b"".join(result))
                     return
                 if hasattr(result, "when_ready"):
-                    self.waited_seconds = math.inf  # it is not known how much of its time, if its thread waits
+                    # Not known, if its thread waits: all of its time, for what admission learns of it.
+                    self.waited_seconds = math.inf
                     if self.place is not None:  # no thread is to wait for it
                         self.later, self._waiting_since = result, time.monotonic()
                         return
@@ -158,7 +159,7 @@ class Exchange:
         if length_at is not None:
             length = values[length_at]
             if not (length.isdigit() and length.isascii()):
-                raise ValueError("the Content-Length is not valid")
+                raise ValueError(f"the Content-Length is not a whole number: {length!r}")
             self._left = int(length)
         if model_at is not None:
             self.model = values[model_at]
@@ -301,7 +302,7 @@ def _places(names: tuple[str, ...]) -> tuple[int | None, int | None, list[int] |
             raise ValueError(f"the header field is not the application's to send: {name!r}")
     known = [name.lower() for name in names]
     if known.count("content-length") > 1:
-        raise ValueError("the Content-Length is not valid")
+        raise ValueError("the Content-Length stands twice")
     places = {name: place for place, name in enumerate(known)}
     sent = [place for place, name in enumerate(known) if name not in _SERVERS_OWN]
     return places.get("content-length"), places.get("x-model"), sent if len(sent) < len(names) else None

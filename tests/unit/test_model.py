@@ -116,11 +116,11 @@ def test_a_model_is_found_by_its_name() -> None:
         (HERE, "not_a_class", f"{HERE} has no class not_a_class"),
         (HERE, "FailsToStart", "FailsToStart() failed: OSError: no weights"),
         (HERE, "NoPredict", "NoPredict has no method predict()"),
-        (HERE, "NoName", "name must be a string of 1 to 64 printable ASCII characters"),
-        (HERE, "SpaceInName", "name must be a string of 1 to 64 printable ASCII characters"),
-        (HERE, "NumberAsVersion", "version must be a string of 1 to 64 printable ASCII characters"),
+        (HERE, "NoName", "name must be a string of 1 to 64 printable ASCII characters, not None"),
+        (HERE, "SpaceInName", "name must be a string of 1 to 64 printable ASCII characters, not 'a b'"),
+        (HERE, "NumberAsVersion", "version must be a string of 1 to 64 printable ASCII characters, not 1"),
         (HERE, "LoadIsNoMethod", "LoadIsNoMethod has no method load()"),
-        (HERE, "VagueAboutThreads", "thread_safe must be True or False"),
+        (HERE, "VagueAboutThreads", "thread_safe must be True or False, not 'perhaps'"),
     ],
 )
 def test_what_is_not_a_model_is_refused_in_one_line(module: str, class_name: str, why: str) -> None:
