@@ -44,6 +44,7 @@ class Connection:
         self.output: list[memoryview] = []  # what the socket has not taken yet
         self.buffer = b""  # bytes read and not understood yet
         self.held_bytes = 0  # what it counts for among the bytes that the worker holds
+        self.was_paused = False  # for want of memory, within the request that is coming
         self.has_ended = False  # the client sends no more
         self.must_close = False  # after what is in `output`
         self.wants_continue = False

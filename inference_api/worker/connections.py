@@ -19,8 +19,8 @@ MIN_PAUSED_BYTES = 65_536
 MAX_UNREAD_BYTES = 256 * 1_048_576
 """Bytes of whole answers, waiting in one worker for their clients to read them; beyond it some are given up."""
 MIN_BYTES_PER_SECOND = 65_536
-"""A client that takes its answer as fast as that is not cut off after READ_TIMEOUT, however long it takes. One that
-sends or takes less may be before, where nobody else can be let in."""
+"""A client that takes as much of its answer in each READ_TIMEOUT is not cut off, however long that takes. One that
+sends or takes less may be, where nobody else can be let in."""
 LOOK_SECONDS = 1.0
 """How fast a request comes, or an answer is read, is looked at for so long: before, nobody can tell."""
 YOUNG_BYTES_PER_SECOND = 2.0 * MIN_BYTES_PER_SECOND
@@ -40,11 +40,13 @@ class Connections(set[Connection]):
         super().__init__()
         self._selector = selector
         self._max_connections = max_connections
-        self.lacks_room = False  # somebody has been let in at the cost of one who is new, or not at all
+        self.lacks_room = False  # somebody could not be let in
+        self.is_crowded = False  # somebody was let in at the cost of one who had only just come
         self._idle: list[tuple[Connection, float]] = []  # some that were, since when; who is to be closed first is last
+        self._idle_found = 0.0
         self.writable: dict[Connection, None] = {}  # that take more of their answer, in the order of their turns
         self._held_bytes = 0
-        self.paused: dict[Connection, None] = {}  # that are not read from, in the order in which they may go on
+        self._paused: dict[Connection, None] = {}  # that are not read from, in the order in which they may go on
         self.unread: dict[Connection, Unread] = {}  # their answers, once these are whole, until they have been read
 
     def add(self, connection: Connection) -> None:
@@ -82,25 +84,27 @@ class Connections(set[Connection]):
         return len(self) < self._max_connections
 
     def longest_idle(self, now: float) -> Connection | None:
-        """The one that may be closed so that another can be opened; None if all are busy."""
-        for _ in range(2):  # first among those that have been found since `look_anew`
+        """The one that may be closed so that another can be opened; None if all are busy.
+
+        Of those that have become idle in the last LOOK_SECONDS, who has been answered and lingers goes first.
+        """
+        if now - self._idle_found >= LOOK_SECONDS:
+            self._idle.clear()
+        for _ in range(2):  # first among those that have been found before
             while self._idle:
                 connection, since = self._idle[-1]
                 if connection.since == since and self._is_idle(connection):
-                    self.lacks_room = self.lacks_room or (connection.is_new and now - since < LOOK_SECONDS)
                     return connection
                 self._idle.pop()
             # Not one that was accepted in this very turn: nobody has looked yet whether its request has come.
             idle = [each for each in self if each.phase in _IDLE_PHASES and each.since < now]
-            idle.sort(key=lambda each: (each.phase is Phase.IDLE, each.since), reverse=True)
+            idle.sort(
+                key=lambda each: (each.since > now - LOOK_SECONDS and 1 + (each.phase is Phase.IDLE), each.since),
+                reverse=True,
+            )
             self._idle = [(each, each.since) for each in idle]
-        self.lacks_room = True
+            self._idle_found = now
         return None
-
-    def look_anew(self) -> None:
-        """Called now and then: others may be idle by now."""
-        self.lacks_room = False
-        self._idle.clear()
 
     def _is_idle(self, connection: Connection) -> bool:
         if connection.phase not in _IDLE_PHASES or connection.buffer or connection not in self:
@@ -110,15 +114,24 @@ class Connections(set[Connection]):
         except OSError:  # nothing has come that is not read yet
             return True
 
-    def slowest(self, now: float) -> list[Connection]:
-        """Those whose request comes, or whose answer is read, at less than MIN_BYTES_PER_SECOND: the slowest first."""
+    def in_the_way(self, now: float) -> list[Connection]:
+        """What is to be ended, the slowest first, so that others can be let in; empty where they have been, of late.
+
+        Requests that come, or answers that are read, at less than MIN_BYTES_PER_SECOND; and where others have been let
+        in, but at the cost of some who had only just come, only if half of all connections are so slow.
+        """
+        lacks_room = self.lacks_room and not self.has_room and self.longest_idle(now) is None
+        is_crowded, self.lacks_room, self.is_crowded = self.is_crowded, False, False
+        if not (lacks_room or is_crowded):
+            return []
         speeds = {
             each: each.unfinished_bytes / (now - each.since)
             for each in self
             if each.phase is Phase.READING and now - each.since >= LOOK_SECONDS
         }
         speeds |= {answer.connection: answer.bytes_per_second(now) for answer in self._stalled()}
-        return sorted((each for each in speeds if speeds[each] < MIN_BYTES_PER_SECOND), key=speeds.__getitem__)
+        slow = sorted((each for each in speeds if speeds[each] < MIN_BYTES_PER_SECOND), key=speeds.__getitem__)
+        return slow if lacks_room or len(slow) >= self._max_connections // 2 else []
 
     # What they hold.
 
@@ -127,25 +140,26 @@ class Connections(set[Connection]):
         self._held_bytes += count - connection.held_bytes
         connection.held_bytes = count
         if not count or connection.phase is not Phase.READING:
-            self.paused.pop(connection, None)
+            self._paused.pop(connection, None)
         elif count > MIN_PAUSED_BYTES and self._held_bytes > MAX_HELD_BYTES:
-            self.paused.setdefault(connection)
+            self._paused.setdefault(connection)
             if connection is not self._goes_on():
+                connection.was_paused = True
                 self.watch(connection, connection.events & ~READ)
 
     def resume(self) -> None:
         """Read on from paused connections: from all where there is room again, else from the first if need be."""
         has_room = self._held_bytes <= MAX_HELD_BYTES
-        for connection in list(self.paused) if has_room else filter(None, [self._goes_on()]):
+        for connection in list(self._paused) if has_room else filter(None, [self._goes_on()]):
             if not connection.has_more:
                 self.watch(connection, connection.events | READ)
         if has_room:
-            self.paused.clear()
+            self._paused.clear()
 
     def _goes_on(self) -> Connection | None:
         """Who may send more although all hold too much: one at a time, or no request would ever be complete."""
         complete_bytes = sum(each.held_bytes for each in self if each.phase is Phase.RUNNING)
-        return next(iter(self.paused), None) if complete_bytes < MAX_COMPLETE_BYTES else None
+        return next(iter(self._paused), None) if complete_bytes < MAX_COMPLETE_BYTES else None
 
     def _stalled(self) -> "list[Unread]":
         """The answers of which nobody takes more now."""
@@ -174,7 +188,7 @@ class Unread:
         self.exchange = exchange
         # A view keeps the whole of what it shows a part of.
         self.held_bytes = sum(memoryview(piece.obj).nbytes for piece in connection.output)
-        self._untaken_bytes = _untaken_bytes(connection)
+        self._bytes_at_check = self._bytes_at_look = _untaken_bytes(connection)
         self._looked = now
         self._bytes_per_second = YOUNG_BYTES_PER_SECOND
 
@@ -182,10 +196,15 @@ class Unread:
         """How fast it has been read of late."""
         seconds = now - self._looked
         if seconds >= LOOK_SECONDS:
-            before, self._untaken_bytes = self._untaken_bytes, _untaken_bytes(self.connection)
-            self._bytes_per_second = (before - self._untaken_bytes) / seconds
+            before, self._bytes_at_look = self._bytes_at_look, _untaken_bytes(self.connection)
+            self._bytes_per_second = (before - self._bytes_at_look) / seconds
             self._looked = now
         return self._bytes_per_second
+
+    def is_read(self, seconds: float) -> bool:
+        """Whether enough of it has been read in the seconds since this was last called."""
+        before, self._bytes_at_check = self._bytes_at_check, _untaken_bytes(self.connection)
+        return before - self._bytes_at_check >= MIN_BYTES_PER_SECOND * seconds
 
 
 def _untaken_bytes(connection: Connection) -> int:

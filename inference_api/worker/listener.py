@@ -8,7 +8,7 @@ import selectors
 import socket
 from collections.abc import Callable, Sequence
 
-from inference_api.worker.connections import Connections
+from inference_api.worker.connections import LOOK_SECONDS, Connections
 
 ACCEPTS_PER_TURN = 16
 LAST_ACCEPT_SECONDS = 0.5
@@ -87,9 +87,13 @@ class Listener:
 
     def accept(self, listening: socket.socket, now: float) -> bool:
         """Accept some connections; returns whether more may be waiting."""
-        for _ in range(ACCEPTS_PER_TURN):
+        connections = self._connections
+        for number in range(ACCEPTS_PER_TURN):
             idle = None
-            if not self._connections.has_room and (idle := self._connections.longest_idle(now)) is None:
+            if not connections.has_room and (idle := connections.longest_idle(now)) is None:
+                if number:  # it is not known whether anybody waits
+                    return True
+                connections.lacks_room = True
                 self.pause()
                 return False
             try:
@@ -99,8 +103,8 @@ class Listener:
             except OSError as exc:
                 if exc.errno not in _OUT_OF_RESOURCES:  # that client has gone
                     continue
-                if (idle := self._connections.longest_idle(now)) is not None:
-                    self._connections.close(idle)
+                if (idle := connections.longest_idle(now)) is not None:
+                    connections.close(idle)
                     continue
                 if not self._is_short:
                     log.warning("accepting pauses: %s", exc.strerror)
@@ -109,7 +113,8 @@ class Listener:
                 return False
             self._is_short = False
             if idle is not None:  # only now that somebody has its place
-                self._connections.close(idle)
+                connections.is_crowded = connections.is_crowded or (idle.is_new and now - idle.since < LOOK_SECONDS)
+                connections.close(idle)
             sock.setblocking(False)
             with contextlib.suppress(OSError):
                 _ignore_below(0, sock)  # set where another worker is closing its listener

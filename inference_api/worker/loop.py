@@ -15,7 +15,7 @@ from inference_api.logs import LineWriter
 from inference_api.metrics import Metrics
 from inference_api.worker.admission import Admission
 from inference_api.worker.connection import MAX_PIPELINED_BYTES, Connection, Phase
-from inference_api.worker.connections import MIN_BYTES_PER_SECOND, READ, WRITE, Connections, Unread
+from inference_api.worker.connections import READ, WRITE, Connections, Unread
 from inference_api.worker.http import Refusal
 from inference_api.worker.journal import Journal
 from inference_api.worker.lifecycle import Lifecycle
@@ -303,6 +303,7 @@ class Loop:
             connection.phase = _READING
             connection.since = self._now
             connection.expires = self._now + self._settings.read_timeout
+            connection.was_paused = False
         if connection.wants_continue:
             connection.wants_continue = False
             if not self._send(connection, b"HTTP/1.1 100 Continue\r\n\r\n"):
@@ -452,7 +453,7 @@ class Loop:
 
     def _refuse_late(self, connection: Connection, detail: str) -> None:
         """Answer what has not come in time; where it was not read on, that is not its client's fault."""
-        if connection in self._connections.paused:
+        if connection.was_paused:
             self._shed(connection.refused(self._now), "pending")
         else:
             self._refuse(connection, 408, detail)
@@ -521,11 +522,7 @@ class Loop:
         self._journal.write()
         for connection in [c for c in connections if c.expires <= now]:
             self._guarded(self._expire, connection)
-        if connections.lacks_room:
-            self._make_room()
-        else:
-            self._slow_at_once = 1
-        connections.look_anew()
+        self._make_room()
         connections.resume()
         self._listener.tick(now)
         self._check_threads()
@@ -565,17 +562,18 @@ class Loop:
                 self._answer(exchange, 504, f"The answer took longer than {self._settings.request_timeout:g} seconds.")
         elif answer is None:
             self._connections.close(connection)
-        elif connection in self._connections.writable or answer.bytes_per_second(self._now) >= MIN_BYTES_PER_SECOND:
+        elif connection in self._connections.writable or answer.is_read(self._settings.read_timeout):
             connection.expires = self._now + self._settings.read_timeout
         else:
             log.warning("an answer was not read in time", extra=answer.exchange.log_fields)
             self._connections.close(connection)
 
     def _make_room(self) -> None:
-        """End what comes or goes most slowly; those connections can be closed then for newcomers."""
-        for connection in self._connections.slowest(self._now)[: self._slow_at_once]:
+        """End what comes or goes most slowly, where others cannot be let in; its connections can be closed then."""
+        slow = self._connections.in_the_way(self._now)
+        for connection in slow[: self._slow_at_once]:
             self._guarded(self._end_slow, connection)
-        self._slow_at_once = min(2 * self._slow_at_once, MAX_SLOW_AT_ONCE)
+        self._slow_at_once = min(2 * self._slow_at_once, MAX_SLOW_AT_ONCE) if slow else 1
 
     def _end_slow(self, connection: Connection) -> None:
         answer = self._connections.unread.get(connection)

@@ -123,19 +123,15 @@ def test_one_of_this_very_turn_is_not_closed(opened: Opened) -> None:
     assert opened.evict() is None
 
 
-def test_more_room_is_needed_where_one_goes_who_has_just_come(opened: Opened) -> None:
-    """Its request may be on its way. Who has been answered has nothing to lose, nor has who lingers."""
-    old, newest, answered = opened.add(since=1.0), opened.add(since=NOW - 0.5), opened.add(since=NOW - 0.6)
-    lingering = opened.add(since=NOW - 0.1, phase=Phase.LINGERING)
-    answered._environ = lingering._environ = {}
-    for expected, lacks_room in ((lingering, False), (old, False), (answered, False), (newest, True), (None, True)):
-        opened.connections.look_anew()
-        assert opened.evict() is expected
-        assert opened.connections.lacks_room is lacks_room
+def test_who_has_only_just_come_goes_last(opened: Opened) -> None:
+    """Its request may be on its way; before it goes who lingers, as it has been answered, but has yet to read that."""
+    newest, old = opened.add(since=NOW - 0.4), opened.add(since=NOW - 1.5)
+    older, lingering = opened.add(since=1.0), opened.add(since=NOW - 0.1, phase=Phase.LINGERING)
+    assert [opened.evict() for _ in range(5)] == [older, old, lingering, newest, None]
 
 
-def test_the_slowest_comes_or_goes_most_slowly(opened: Opened) -> None:
-    """What is fast enough, too young to tell, or waits for its turn is not slow."""
+def test_in_the_way_is_what_comes_or_goes_most_slowly(opened: Opened) -> None:
+    """What is fast enough, too young to tell, or waits for its turn is not slow; nor is anything in nobody's way."""
     silent, dripping, fast, young = (opened.add(since=since, phase=Phase.READING) for since in (0.0, 0.0, 0.0, 9.5))
     dripping.buffer = b"x" * 1_000
     fast.buffer = b"x" * MIN_BYTES_PER_SECOND * 10
@@ -144,9 +140,26 @@ def test_the_slowest_comes_or_goes_most_slowly(opened: Opened) -> None:
         opened.write(connection, memoryview(bytes(count)))
         connection.output = [memoryview(bytes(max(0, count - 10 * MIN_BYTES_PER_SECOND)))]
     opened.connections.writable[waiting] = None
-    opened.add()
-    assert opened.connections.slowest(10.0) == [silent, stalled, dripping]
+    idle = opened.add()
+    opened.connections.lacks_room = True
+    assert opened.connections.in_the_way(10.0) == []
+    opened.connections.close(idle)
+    assert opened.connections.in_the_way(10.0) == []
+    opened.connections.lacks_room = True
+    assert opened.connections.in_the_way(10.0) == [silent, stalled, dripping]
+    assert opened.connections.in_the_way(10.0) == []
     assert young in opened.connections
+
+
+@pytest.mark.parametrize(("slow", "in_the_way"), [(4, 0), (5, 5)])
+def test_a_crowd_has_few_slow_ones_alone(slow: int, in_the_way: int) -> None:
+    """To end them would let in nobody for long: those who have come in numbers take the places."""
+    opened = Opened(max_connections=10)
+    for _ in range(slow):
+        opened.add(phase=Phase.READING)
+    opened.connections.is_crowded = True
+    assert len(opened.connections.in_the_way(10.0)) == in_the_way
+    opened.close()
 
 
 def test_what_is_watched_can_be_changed_and_ended(opened: Opened) -> None:
