@@ -26,7 +26,7 @@ YOUNG_OBJECTS = 2_000
 """So many new objects begin a garbage collection, as from Python 3.13 on; a batch of requests makes more than the 700
 of earlier ones."""
 
-OTHER_DESCRIPTORS = 64
+OTHER_DESCRIPTORS = 24
 """Files that a worker has open besides its connections: its own, and its models'."""
 
 log = logging.getLogger("inference_api.worker")

@@ -88,6 +88,11 @@ class Connections(set[Connection]):
 
         Of those that have become idle in the last LOOK_SECONDS, who has been answered and lingers goes first.
         """
+
+        def order(connection: Connection) -> tuple[bool, bool, float]:
+            is_young = connection.since > now - LOOK_SECONDS
+            return is_young, is_young and connection.phase is Phase.IDLE, connection.since
+
         if now - self._idle_found >= LOOK_SECONDS:
             self._idle.clear()
         for _ in range(2):  # first among those that have been found before
@@ -98,11 +103,7 @@ class Connections(set[Connection]):
                 self._idle.pop()
             # Not one that was accepted in this very turn: nobody has looked yet whether its request has come.
             idle = [each for each in self if each.phase in _IDLE_PHASES and each.since < now]
-            idle.sort(
-                key=lambda each: (each.since > now - LOOK_SECONDS and 1 + (each.phase is Phase.IDLE), each.since),
-                reverse=True,
-            )
-            self._idle = [(each, each.since) for each in idle]
+            self._idle = [(each, each.since) for each in sorted(idle, key=order, reverse=True)]
             self._idle_found = now
         return None
 

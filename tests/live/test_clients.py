@@ -625,7 +625,7 @@ def test_as_many_descriptors_may_be_open_as_are_needed(tmp_path: Path, hard: int
                 assert answer_of(client).status == 200
             assert all(map(is_open, many))
         lines = [line for line in service.log() if line["message"].startswith("too few files")]
-        assert [(line["limit"], line["needed"]) for line in lines] == [(hard, 164)] * warnings
+        assert [(line["limit"], line["needed"]) for line in lines] == [(hard, 124)] * warnings
 
 
 def knock(service: Service, count: int, model: str, is_full: Callable[[], bool]) -> Sequence[int]:
