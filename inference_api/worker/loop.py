@@ -239,8 +239,7 @@ class Loop:
             if connection.exchange is exchange:  # its answer has been sent
                 try:
                     if body is not None:
-                        connection.output.append(memoryview(body))
-                        self._connections.watch(connection, connection.events | WRITE)
+                        self._send(connection, body)
                     self._answered(exchange)
                 except Exception:
                     self._failed(connection)

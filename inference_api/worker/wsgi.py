@@ -232,9 +232,9 @@ class Exchange:
 
     def _send_whole(self, body: bytes) -> None:
         """The usual case: the head, and all of the body with it."""
-        head = self._open(body)
+        opening = self._open(body)
         self.ended = time.monotonic()
-        self._outbox.deliver_whole(self, head, b"" if self._is_bodiless else body)
+        self._outbox.deliver_whole(self, opening, b"" if self._is_bodiless else body)
 
     def _open(self, body: bytes | None) -> bytes:
         """The head of the answer: before all of its body or, where that is None, before pieces of it."""
