@@ -624,7 +624,7 @@ def test_as_many_descriptors_may_be_open_as_are_needed(tmp_path: Path, hard: int
                 client.sendall(HEALTH)
                 assert answer_of(client).status == 200
             assert all(map(is_open, many))
-        lines = [line for line in service.log() if line["message"].startswith("too few files")]
+        lines = [line for line in service.settled_log() if line["message"].startswith("too few files")]
         assert [(line["limit"], line["needed"]) for line in lines] == [(hard, 124)] * warnings
 
 
