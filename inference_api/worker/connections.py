@@ -107,6 +107,11 @@ class Connections(set[Connection]):
             self._idle_found = now
         return None
 
+    def displace(self, idle: Connection, now: float) -> None:
+        """Close it, as somebody has come in its place."""
+        self.is_crowded |= idle.is_new and now - idle.since < LOOK_SECONDS
+        self.close(idle)
+
     def _is_idle(self, connection: Connection) -> bool:
         if connection.phase not in _IDLE_PHASES or connection.buffer or connection not in self:
             return False

@@ -8,7 +8,7 @@ import selectors
 import socket
 from collections.abc import Callable, Sequence
 
-from inference_api.worker.connections import LOOK_SECONDS, Connections
+from inference_api.worker.connections import Connections
 
 ACCEPTS_PER_TURN = 16
 LAST_ACCEPT_SECONDS = 0.5
@@ -112,9 +112,8 @@ class Listener:
                 self.pause()
                 return False
             self._is_short = False
-            if idle is not None:  # only now that somebody has its place
-                connections.is_crowded = connections.is_crowded or (idle.is_new and now - idle.since < LOOK_SECONDS)
-                connections.close(idle)
+            if idle is not None:  # only now that it is known that somebody waited
+                connections.displace(idle, now)
             sock.setblocking(False)
             with contextlib.suppress(OSError):
                 _ignore_below(0, sock)  # set where another worker is closing its listener
