@@ -38,7 +38,7 @@ class Hooks:
             except ModelError as exc:
                 print(f"\nError: {exc}", file=sys.stderr, flush=True)  # noqa: T201 - as Gunicorn says it
                 os._exit(1)  # a normal end would wait for the very threads
-        if arbiter.cfg.is_ssl:  # before Gunicorn looks for the files
+        if arbiter.cfg.is_ssl and hasattr(arbiter.worker_class, "check_config"):  # before Gunicorn looks for the files
             arbiter.worker_class.check_config(arbiter.cfg, arbiter.log)
         _require_address(arbiter.cfg)
         Supervisor.take_over(arbiter, self.settings)

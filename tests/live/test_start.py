@@ -1,8 +1,10 @@
 """Starts, seen from outside: what is said where one fails, what configures it, and what is ready when."""
 
 import contextlib
+import http.client
 import json
 import socket
+import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,7 +13,17 @@ from typing import Any
 
 import pytest
 
-from tests.live.service import PROJECT, START_SECONDS, WAIT_SECONDS, Answer, Service, is_problem, running, wait_for
+from tests.live.service import (
+    PROJECT,
+    START_SECONDS,
+    WAIT_SECONDS,
+    Answer,
+    Service,
+    is_problem,
+    needed,
+    running,
+    wait_for,
+)
 
 GUNICORN = ("-m", "gunicorn")
 HELLO = {"text": "Hello"}
@@ -336,6 +348,36 @@ def test_tls(folder: Path, certificate: str) -> None:
     assert failed_start(folder, GUNICORN_CMD_ARGS=f"--certfile={certificate}") == [
         "TLS is a proxy's job, or Gunicorn's own workers': set WORKER_CLASS=gthread"
     ]
+
+
+@pytest.mark.parametrize("worker_class", ["gthread", "gunicorn.workers.sync.SyncWorker"])
+def test_tls_of_gunicorns_own_workers(folder: Path, worker_class: str) -> None:
+    """They are let serve what the certificate is for."""
+    key, certificate = folder / "key.pem", folder / "certificate.pem"
+    subprocess.run(
+        [
+            *(needed("openssl", "openssl"), "req", "-x509", "-nodes", "-newkey", "rsa:2048", "-subj", "/CN=localhost"),
+            *("-addext", "subjectAltName=DNS:localhost", "-keyout", key, "-out", certificate),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    arguments = f"--certfile={certificate} --keyfile={key}"
+    service = Service(folder, WORKER_CLASS=worker_class, THREADS="1", GUNICORN_CMD_ARGS=arguments)
+    context = ssl.create_default_context(cafile=certificate)
+    found: list[int] = []
+
+    def is_healthy() -> bool:
+        connection = http.client.HTTPSConnection("localhost", service.port, timeout=WAIT_SECONDS, context=context)
+        with contextlib.closing(connection), contextlib.suppress(OSError):
+            connection.request("GET", "/health")
+            found.append(connection.getresponse().status)
+        return found[-1:] == [200]
+
+    try:
+        wait_for(is_healthy, START_SECONDS, lambda: service.output)
+    finally:
+        service.kill()
 
 
 # The command line.
