@@ -153,11 +153,14 @@ class Service:
         """For the message of an assertion that failed."""
         return f"{self.stdout[-4000:]}\n{self.stderr[-4000:]}"
 
+    def lines(self) -> list[str]:
+        """The whole lines written to stdout so far, which must be ASCII: the next may be there in part."""
+        whole, _, _ = (self.folder / "stdout").read_bytes().decode("ascii").rpartition("\n")
+        return whole.splitlines()
+
     def log(self) -> list[dict[str, Any]]:
-        """The lines written to stdout so far, each of which must be one JSON object of ASCII text."""
-        text = (self.folder / "stdout").read_bytes().decode("ascii")
-        whole, _, _ = text.rpartition("\n")
-        lines = [json.loads(line) for line in whole.splitlines()]
+        """The lines written to stdout so far, each of which must be one JSON object."""
+        lines = [json.loads(line) for line in self.lines()]
         assert all(isinstance(line, dict) for line in lines)
         return lines
 

@@ -147,8 +147,7 @@ def lines_of(service: Service, request_id: str, logger: str) -> list[dict[str, A
     """What the log says of a request, once its access line is there, which comes last."""
 
     def found() -> list[dict[str, Any]]:
-        log = (service.folder / "stdout").read_bytes().decode("ascii").splitlines()
-        return [json.loads(line) for line in log if request_id in line]
+        return [json.loads(line) for line in service.lines() if request_id in line]
 
     wait_for(lambda: any(line["logger"] == "inference_api.access" for line in found()), WAIT_SECONDS)
     return [line for line in found() if line["logger"] == logger]
