@@ -325,7 +325,10 @@ class Loop:
         exchange.deadline = connection.expires = self._now + self._settings.request_timeout
         if connection.held_bytes or exchange.body_bytes > MIN_COUNTED_BYTES:
             self._connections.hold(connection, exchange.body_bytes)
-        if exchange.method in _GET_METHODS:  # health never waits behind predictions, nor is it refused
+        # It has not only closed its half, as the answer to its last request has brought to light.
+        if connection.has_ended and connection.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            self._lost(connection)
+        elif exchange.method in _GET_METHODS:  # health never waits behind predictions, nor is it refused
             self._journal.write()  # whoever asks for the metrics finds there what has been answered before
             exchange.environ["inference_api.asked"] = time.monotonic()
             exchange.environ["inference_api.state"] = self._lifecycle.state

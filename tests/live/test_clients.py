@@ -368,11 +368,34 @@ def test_the_model_is_not_called_for_those_who_left(service: Service, leave: Cal
     assert [line["status"] for line in lines] == [499] * 20
 
 
+@pytest.mark.parametrize("leave", [reset, socket.socket.close], ids=["reset", "close"])
+def test_the_model_is_not_called_for_what_stands_behind(
+    service: Service, leave: Callable[[socket.socket], None]
+) -> None:
+    """Nor for the second of two requests that were sent at once, by a client that leaves while the first one runs."""
+    name = f"behind-{leave.__name__}"
+    first, second = (
+        post_request("/wait", b'{"name": "%b"}' % each.encode(), b"X-Request-ID: " + each.encode())
+        for each in (name, f"{name}-2")
+    )
+    client = service.connect()
+    client.sendall(first + second)
+    wait_for(lambda: name in calls(service), LIMIT_SECONDS)
+    leave(client)
+    release(service, name)
+    wait_for(lambda: any(line["request_id"] == name for line in service.access_lines()), LIMIT_SECONDS)
+    assert service.post("/predict", {"text": "a"}).status == 200
+    lines = [line["status"] for line in service.settled_log() if line.get("request_id") == f"{name}-2"]
+    assert lines == ([499] if leave is socket.socket.close else [])  # behind a reset it has not been looked at
+    assert f"{name}-2" not in calls(service)
+
+
 def test_half_closed_clients_get_their_answers(service: Service) -> None:
     """A client may close its sending half after the request: where a thread is free, it is answered."""
     for request in (post_request("/predict", b'{"text": "a"}'), HEALTH):
         (answer,) = answers(service.raw(request, half_close=True))
         assert answer.status == 200
+        assert [each.status for each in answers(service.raw(request * 3, half_close=True))] == [200] * 3
 
 
 def memory_bytes(service: Service) -> int:
