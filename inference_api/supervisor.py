@@ -131,7 +131,9 @@ class Supervisor(Arbiter):  # type: ignore[misc] # Gunicorn has no types
         try:
             super().reap_workers()
         except HaltServer:
-            if not self._is_stopping:
+            # The exit codes of one that cannot serve may also be those that a model ends its process with.
+            could_serve = all(worker.says[IS_READY] for worker in before.difference(self.WORKERS.values()))
+            if not self._is_stopping and not could_serve:
                 if not any(w.says[IS_READY] for w in self.WORKERS.values()):
                     raise
                 log.error("a new worker cannot serve, the old ones serve on")

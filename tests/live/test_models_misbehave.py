@@ -47,6 +47,8 @@ class Unruly:
                 os.abort()
             case "be killed":
                 os.kill(os.getpid(), 9)
+            case "end with 3" | "end with 4":  # as Gunicorn's workers do that cannot serve
+                os._exit(int(does[-1]))
             case "exit":
                 sys.exit(3)
             case "interrupt":
@@ -273,6 +275,20 @@ def test_a_crash_costs_what_was_in_the_worker(service: Service, does: str) -> No
         wait_for(partial(is_replaced, service, crashing.worker), LIMIT_SECONDS)
         assert other.worker in service.workers()
         assert service.post("/predict", {"text": "a"}).status == 200
+
+
+@pytest.mark.parametrize("does", ["abort", "be killed", "end with 3", "end with 4"])
+def test_a_crash_of_the_only_worker(tmp_path: Path, does: str) -> None:
+    """However it has ended, a new one serves."""
+    with running(tmp_path, MODELS, **(VARIABLES | {"WEB_CONCURRENCY": "1"})) as service:
+        crashing = Client(service)
+        crashing.send(does)
+        assert crashing.end() == []
+        crashing.close()
+        wait_for(partial(is_replaced, service, crashing.worker), LIMIT_SECONDS)
+        service.wait_until_ready()
+        assert service.post("/predict", {"text": "a"}).status == 200
+        assert not [line for line in service.log() if "cannot serve" in line["message"]]
 
 
 @pytest.mark.parametrize("does", ["exit", "interrupt", "run out of memory", "recurse"])
