@@ -92,7 +92,7 @@ class Hooks:
 
     def worker_exit(self, _arbiter: Any, worker: Any) -> None:
         """In the worker, as it ends."""
-        worker.log.writer.flush()
+        worker.log.end()
 
 
 def _require_address(cfg: Any) -> None:

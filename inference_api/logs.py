@@ -166,6 +166,7 @@ class LineWriter:
         self._lines: deque[str] = deque()
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
+        self._writing = b"", 0  # lines that are, and where in them those begin that have not been
         self._flushed = threading.Event()  # set where nobody waits for it
         self._flushed.set()
         self._write_bytes = MAX_WRITE_BYTES if stat.S_ISREG(os.fstat(fd).st_mode) else MAX_LINE_BYTES
@@ -193,6 +194,12 @@ class LineWriter:
             self._flushed = flushed = threading.Event()
             self._wake.set()
             flushed.wait(FLUSH_SECONDS)
+
+    def close(self) -> None:
+        """The same as the process ends: what cannot be written in that time is dropped, and counted."""
+        self.flush()
+        lines, begin = self._writing
+        self._drop(lines.count(b"\n", begin) + len(self._lines))
 
     def take_dropped(self) -> int:
         """How many lines were dropped since this was last called."""
@@ -233,8 +240,10 @@ class LineWriter:
             end = data.rfind(b"\n", begin, begin + self._write_bytes) + 1
             if not end:  # a line that is too long is broken, if at all, alone
                 end = data.index(b"\n", begin) + 1
+            self._writing = data, begin
             is_written = self._write_whole(data[begin:end])
             begin = end
+        self._writing = b"", 0
         dropped = self.dropped
         if is_written and dropped != self._dropped_reported:
             before, self._dropped_reported = self._dropped_reported, dropped
@@ -297,6 +306,12 @@ class Logger(glogging.Logger):  # type: ignore[misc] # Gunicorn has no types
         """Called in a worker, after the fork: lines are written by a thread from now on, requests counted."""
         self.metrics = metrics
         self.writer.start()
+
+    def end(self) -> None:
+        """Called in a worker, as it ends."""
+        self.writer.close()
+        if self.metrics is not None:
+            self.metrics.count("log_lines_dropped", self.writer.take_dropped())
 
     def setup(self, cfg: Any) -> None:
         """Called by Gunicorn at the start and at every reload."""

@@ -124,7 +124,7 @@ class Worker(BaseWorker):  # type: ignore[misc] # Gunicorn has no types
     def handle_abort(self, sig: int, frame: Any) -> None:
         """SIGABRT: the arbiter has waited in vain for a heartbeat."""
         log.critical("aborted by the arbiter: no heartbeat")
-        self.log.writer.flush()
+        self.log.end()
         os._exit(1)
 
     def handle_quit(self, sig: int, frame: Any) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -118,6 +119,20 @@ def test_an_unread_pipe_costs_lines_and_nothing_else(tmp_path: Path) -> None:
     assert sum(line["dropped"] for line in lines if line["message"] == "log lines dropped") == dropped
     access = [line for line in lines if line["logger"] == "inference_api.access" and line["path"] == "/predict"]
     assert len(access) + dropped >= requests + 101 > len(access)
+
+
+def test_what_a_worker_could_not_write_before_it_ended_is_counted(tmp_path: Path) -> None:
+    """Nobody reads stdout, and the worker is replaced: its lines that still wait are dropped, which the metric says."""
+    requests = 3_000
+    with piped(tmp_path) as (service, reader, _):
+        (worker,) = service.workers()
+        assert post_many(service, requests) == requests
+        service.signal(signal.SIGHUP)
+        wait_for(lambda: len(service.workers()) == 1 and worker not in service.workers(), LIMIT_SECONDS)
+        dropped = service.metrics()["log_lines_dropped_total"]
+        reader.may_read.set()
+    found = [line for line in reader.lines() if line.get("path") == "/predict"]
+    assert len(found) + dropped >= requests > len(found)
 
 
 def test_a_slow_pipe_shared_by_four_workers_breaks_no_line(tmp_path: Path) -> None:

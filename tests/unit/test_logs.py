@@ -119,6 +119,22 @@ def test_lines_are_written_whole() -> None:
     assert writer.take_dropped() == 0
 
 
+def test_lines_that_cannot_be_written_are_counted_at_the_end() -> None:
+    """Nobody reads the pipe: what is not in it by then, and only that, is dropped."""
+    readable, writable = os.pipe()
+    writer = LineWriter(writable)
+    writer.start()
+    writer.write(["a" * 999 + "\n"] * 400)
+    writer.close()
+    dropped = writer.take_dropped()
+    received = os.read(readable, 1_000_000)
+    assert received.count(b"\n") + dropped == 400
+    assert received.endswith(b"\n")
+    os.close(readable)  # the thread ends its write
+    writer.flush()
+    os.close(writable)
+
+
 def test_lines_are_written_after_a_flush() -> None:
     """A model that configures logging anew has all handlers flushed and closed."""
     readable, writable = os.pipe()
