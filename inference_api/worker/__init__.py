@@ -7,6 +7,7 @@ import resource
 import signal
 import socket
 import sys
+from dataclasses import replace
 from functools import lru_cache
 from ipaddress import ip_address, ip_network
 from typing import Any
@@ -48,8 +49,10 @@ class Worker(BaseWorker):  # type: ignore[misc] # Gunicorn has no types
         sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
         if 0 < gc.get_threshold()[0] < YOUNG_OBJECTS:  # 0: a model has turned it off
             gc.set_threshold(YOUNG_OBJECTS)
-        settings, cfg = self.settings, self.cfg
-        _allow_descriptors(settings.max_connections + OTHER_DESCRIPTORS)
+        cfg, settings = self.cfg, self.settings
+        max_descriptors = _allow_descriptors(settings.max_connections + OTHER_DESCRIPTORS)
+        max_connections = max(1, min(settings.max_connections, max_descriptors - OTHER_DESCRIPTORS))
+        settings = replace(settings, max_connections=max_connections)
         name = self.sockets[0].getsockname()
         host, port = (str(name[0]), str(name[1])) if isinstance(name, tuple) else ("localhost", "")
         base = {
@@ -136,10 +139,12 @@ class Worker(BaseWorker):  # type: ignore[misc] # Gunicorn has no types
         sys.exit(0)
 
 
-def _allow_descriptors(needed: int) -> None:
-    """Raise the limit of open files, where it is lower: to what is needed, or as far as this process may."""
+def _allow_descriptors(needed: int) -> int:
+    """Raise the limit of open files to what is needed, or as far as this process may; returns how many may be open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < needed:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (min(needed, hard), hard))
-    if hard < needed:
+    allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    if soft != resource.RLIM_INFINITY and soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed < needed:
         log.warning("too few files may be open for MAX_CONNECTIONS", extra={"limit": hard, "needed": needed})
+    return allowed

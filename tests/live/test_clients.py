@@ -651,6 +651,24 @@ def test_as_many_descriptors_may_be_open_as_are_needed(tmp_path: Path, hard: int
         assert [(line["limit"], line["needed"]) for line in lines] == [(hard, 124)] * warnings
 
 
+def test_connections_leave_descriptors_to_the_model(tmp_path: Path) -> None:
+    """Where fewer files may be open than MAX_CONNECTIONS needs, fewer are let in, and the model may open its own."""
+    with running(tmp_path, MODELS, **(VARIABLES | {"PRELOAD": "false"})) as service:
+        resource.prlimit(service.process.pid, resource.RLIMIT_NOFILE, (60, 60))
+        (before,) = service.workers()
+        os.kill(before, signal.SIGKILL)
+        wait_for(lambda: service.workers() not in ([before], []), LIMIT_SECONDS)
+        service.wait_until_ready()
+        (worker,) = service.workers()
+
+        def is_full() -> bool:
+            refused = [line for line in service.access_lines() if line["status"] == 503]
+            return bool(refused) or len(list(Path(f"/proc/{worker}/fd").iterdir())) == 60
+
+        statuses = knock(service, 60, "wait", is_full)
+    assert set(statuses) == {200, 503}  # 500 where it finds none left
+
+
 def knock(service: Service, count: int, model: str, is_full: Callable[[], bool]) -> Sequence[int]:
     """So many clients wait in the model at once, until nobody more gets in; returns their statuses once released."""
     with contextlib.ExitStack() as stack:
