@@ -190,7 +190,7 @@ class LineWriter:
 
     def flush(self) -> None:
         """Wait until what is there has been written, for at most FLUSH_SECONDS."""
-        if self._thread is not None and self._thread.is_alive():  # not in a process that a model forks
+        if self._has_thread:
             self._flushed = flushed = threading.Event()
             self._wake.set()
             flushed.wait(FLUSH_SECONDS)
@@ -198,8 +198,14 @@ class LineWriter:
     def close(self) -> None:
         """The same as the process ends: what cannot be written in that time is dropped, and counted."""
         self.flush()
-        lines, begin = self._writing
-        self._drop(lines.count(b"\n", begin) + len(self._lines))
+        if self._has_thread:
+            lines, begin = self._writing
+            self._drop(lines.count(b"\n", begin) + len(self._lines))
+
+    @property
+    def _has_thread(self) -> bool:
+        """Whether there is a thread that writes: not in the master, nor in a process that a model forks."""
+        return self._thread is not None and self._thread.is_alive()
 
     def take_dropped(self) -> int:
         """How many lines were dropped since this was last called."""
