@@ -63,7 +63,7 @@ def run(peers: set[str], rounds: int, seconds: int) -> Results:
         results["memory"] = measures.memory(pair, seconds)
         results["batching"] = measures.batching(names, fewer, seconds)
         results["lone"] = measures.lone(fewer, seconds)
-        results["overload"] = measures.overload(min(rounds, OVERLOAD_ROUNDS), seconds)
+        results["overload"] = measures.overload(min(rounds, OVERLOAD_ROUNDS))
         results["attacks"] = measures.attacks(names)
         if "digits" not in left_out:
             results["digits"] = measures.digits(fewer, seconds)

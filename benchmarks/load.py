@@ -48,11 +48,11 @@ def wrk(target: Running, connections: int, seconds: int) -> Sample:
 
 
 @dataclass
-class Overload:
-    """What came of a given rate: when good answers came, how many were refused, how long /health took."""
+class Seen:
+    """What came of a given rate: when good answers came, how long it took to be refused, and to ask /health."""
 
     good_at: list[float] = field(default_factory=list)  # seconds after the start
-    refused: int = 0
+    refused_ms: list[float] = field(default_factory=list)  # how long it took to hear it
     failed: int = 0
     health_ms: list[float] = field(default_factory=list)
 
@@ -84,18 +84,19 @@ class _Client:
         return int(head[9:12])
 
 
-def at_rate(target: Running, rate: float, seconds: float) -> Overload:
+def at_rate(target: Running, rate: float, seconds: float) -> Seen:
     """Send so many requests a second, answered or not, while another connection polls /health."""
     return asyncio.run(_at_rate(target, rate, seconds))
 
 
-async def _at_rate(target: Running, rate: float, seconds: float) -> Overload:
+async def _at_rate(target: Running, rate: float, seconds: float) -> Seen:
     body = json.dumps(target.server.body).encode()
     client = _Client(target.port, post_head(target.server.path, len(body)) + body)
     prober = _Client(target.port, b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
-    seen, started = Overload(), time.perf_counter()
+    seen, started = Seen(), time.perf_counter()
 
     async def one() -> None:
+        asked = time.perf_counter()
         try:
             status = await client.ask()
         except (OSError, asyncio.IncompleteReadError):
@@ -104,7 +105,7 @@ async def _at_rate(target: Running, rate: float, seconds: float) -> Overload:
         if status == 200:
             seen.good_at.append(time.perf_counter() - started)
         elif status == 503:
-            seen.refused += 1
+            seen.refused_ms.append((time.perf_counter() - asked) * 1000)
         else:
             seen.failed += 1
 

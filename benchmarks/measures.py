@@ -1,15 +1,15 @@
 """What is measured; everything returns raw figures, a list with one entry a round."""
 
-import statistics
 import subprocess
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 from benchmarks.attacks import ATTACKS, under
 from benchmarks.environments import PROJECT, WORK, program
-from benchmarks.load import at_rate, wrk
+from benchmarks.load import wrk
+from benchmarks.overload import OVERLOADS
 from benchmarks.peers.models import CALL_SECONDS
 from benchmarks.servers import OURS, Server, attacked_servers, batching_servers, digits_servers, running, service
 
@@ -19,9 +19,6 @@ CLOSELY_WATCHED = frozenset({"ours", "ours-off", "fastapi", "gthread", "granian"
 BATCH_CONNECTIONS = (1, 16, 64)
 WARM_UP_SECONDS = 1
 WORKERS = 2
-OVERLOAD_FACTOR = 2
-OVERLOAD_SETTLES_SECONDS = 3
-OVERLOAD_SECONDS = 10
 SOAK_REQUESTS = 2_000_000
 SOAK_WARM_UP_SECONDS = 5
 SOAK_STEP_SECONDS = 10
@@ -101,30 +98,14 @@ def lone(rounds: int, seconds: int) -> Rounds:
     return throughput(servers, {server.name: (1,) for server in servers}, rounds, seconds)
 
 
-def overload(rounds: int, seconds: int) -> list[dict[str, float]]:
-    """A model of 5 ms that yields the interpreter lock, asked at twice its capacity; a deadline of one second."""
-    model = {"MODELS": "predict=benchmarks.peers.models:SleepingModel", "REQUEST_TIMEOUT": "1"}
-    server = replace(OURS, name="overload", variables=model)
-    found = []
-    for _ in range(rounds):
-        with running(server) as target:
-            peak = wrk(target, MAIN_CONNECTIONS, max(seconds, 2)).rate
-            whole = OVERLOAD_SETTLES_SECONDS + OVERLOAD_SECONDS
-            seen = at_rate(target, peak * OVERLOAD_FACTOR, whole)
-        good = sum(OVERLOAD_SETTLES_SECONDS < at <= whole for at in seen.good_at)
-        health = statistics.quantiles(seen.health_ms, n=100)
-        found.append(
-            {
-                "peak": peak,
-                "goodput": good / OVERLOAD_SECONDS,
-                "refused": seen.refused,
-                "failed": seen.failed,
-                "health_p50_ms": health[49],
-                "health_p99_ms": health[98],
-            }
-        )
-        print(f"  {found[-1]}", flush=True)
-    return found
+def overload(rounds: int) -> dict[str, list[dict[str, float]]]:
+    """Overload → rounds; one round for those that take long."""
+    found: defaultdict[str, list[dict[str, float]]] = defaultdict(list)
+    for overload in OVERLOADS:
+        for _ in range(rounds if overload.is_short else 1):
+            found[overload.name].append(overload.measure())
+            print(f"  {overload.name}: {found[overload.name][-1]}", flush=True)
+    return dict(found)
 
 
 def attacks(names: set[str]) -> dict[str, dict[str, dict[str, float]]]:

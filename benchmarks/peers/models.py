@@ -11,9 +11,34 @@ class SleepingModel:
     """Costs 5 ms a call, during which it yields the interpreter lock, and cannot batch."""
 
     name, version = "sleeping", "1.0.0"
+    call_seconds = CALL_SECONDS
 
     def predict(self, text: str) -> str:
-        time.sleep(CALL_SECONDS)
+        time.sleep(self.call_seconds)
+        return f"predicted({text})"
+
+
+class SlowModel(SleepingModel):
+    """Costs 0.3 s a call."""
+
+    name, call_seconds = "slow", 0.3
+
+
+class SlowestModel(SleepingModel):
+    """Costs 1 s a call."""
+
+    name, call_seconds = "slowest", 1.0
+
+
+class ComputingModel(SleepingModel):
+    """Costs 5 ms a call, and keeps the interpreter lock: it computes in Python."""
+
+    name = "computing"
+
+    def predict(self, text: str) -> str:
+        ends = time.perf_counter() + self.call_seconds
+        while time.perf_counter() < ends:
+            pass
         return f"predicted({text})"
 
 

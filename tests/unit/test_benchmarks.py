@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks.attacks import ATTACKS
 from benchmarks.chart import svg
+from benchmarks.overload import OVERLOADS
 from benchmarks.results import markdown, rows
 
 
@@ -55,6 +56,20 @@ def test_the_worst_attack_counts(results: dict[str, Any]) -> None:
     table = markdown(results)
     assert "| 60.00 ms | 60 ms | < 50 ms | **no** |" in table
     assert "| 2,000 that send nothing | 1.0, 60.0, 9,000.0 ms; 7 held | 1.0, 5,000.0, 9,000.0 ms; 7 held |" in table
+
+
+def test_the_worst_overload_counts(results: dict[str, Any]) -> None:
+    """Each case has its line; the goals are for the worst of those that yield the lock, and for the other."""
+    case = {"peak": 400.0, "goodput": 396.0, "refused": 9.0, "refused_p99_ms": 2.0, "failed": 0.0, "health_p99_ms": 3.0}
+    results["overload"] = {overloaded.name: [case] for overloaded in OVERLOADS}
+    results["overload"]["slow-10"] = [case | {"goodput": 200.0, "refused_p99_ms": 11.0, "failed": 1.0}]
+    results["overload"]["computing-2"] = [case | {"goodput": 0.0, "health_p99_ms": 49.0}]
+    table = markdown(results)
+    assert "| 200.0; 400.0 | 0.5× | ≥ 0.95× | **no** |" in table
+    assert "| 11.00 ms | 11 ms | < 10 ms | **no** |" in table
+    assert "| 3.00 ms | 3 ms | < 10 ms | yes |" in table
+    assert "| 49.00 ms | 49 ms | < 50 ms | yes |" in table
+    assert "| 0.3 s | 10 × | 400.0 | 200.0 (0.50 ×) | 9, 11.0 ms | 1 | 3.0 ms |" in table
 
 
 def test_the_chart_is_one_bar_a_server(results: dict[str, Any]) -> None:
