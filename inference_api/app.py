@@ -151,7 +151,10 @@ class Service:
         preparing = threading.Thread(
             target=self._prepare_or_exit, args=(tell_ready,), name="prepare-models", daemon=True
         )
-        preparing.start()
+        if self.is_ready:  # told before a model can be reached, which might end the process
+            tell_ready()
+        else:
+            preparing.start()
         return preparing
 
     def prepare(self) -> None:

@@ -131,16 +131,16 @@ class Supervisor(Arbiter):  # type: ignore[misc] # Gunicorn has no types
         try:
             super().reap_workers()
         except HaltServer:
-            # The exit codes of one that cannot serve may also be those that a model ends its process with.
-            could_serve = all(worker.says[IS_READY] for worker in before.difference(self.WORKERS.values()))
-            if not self._is_stopping and not could_serve:
+            # A model may end its process with the exit code of one that cannot serve.
+            (failed,) = (worker for worker in before.difference(self.WORKERS.values()) if _is_open(worker.tmp))
+            if not self._is_stopping and not failed.says[IS_READY]:
                 if not any(w.says[IS_READY] for w in self.WORKERS.values()):
                     raise
                 log.error("a new worker cannot serve, the old ones serve on")
             self.reap_workers()  # the others
         finally:
             for worker in before.difference(self.WORKERS.values()):
-                worker.tmp.close()  # which Gunicorn leaves out for one that cannot serve
+                worker.tmp.close()  # which Gunicorn leaves out for one with such an exit code
                 worker.metrics.free_slot(worker.metrics_slot)
                 if not worker.says[IS_READY] and not worker.is_leaving:
                     self._spawns_at = time.monotonic() + RESPAWN_SECONDS
@@ -272,6 +272,14 @@ def _failure_of(*steps: Callable[[], None]) -> bytes:
             log.exception("preparing the models failed")
         return (str(exc) or type(exc).__name__).encode(errors="replace")[:PIPE_BUF]
     return b""
+
+
+def _is_open(heartbeat_file: Any) -> bool:
+    try:
+        heartbeat_file.fileno()
+    except ValueError:
+        return False
+    return True
 
 
 def effective(settings: Settings, service: object) -> dict[str, Any]:

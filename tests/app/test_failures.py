@@ -236,3 +236,12 @@ def test_the_log_has_a_failure_under_the_ids_of_its_request(
     assert "RuntimeError" in line["exception"]
     logging.getLogger("inference_api").error("of no request")
     assert "request_id" not in lines[-1]
+
+
+def test_a_loaded_service_is_ready_before_it_can_be_asked() -> None:
+    """It says so: a model may end the process at its first request, which must not look like a failed start."""
+    service = Service(Settings.from_environ({}))
+    service.load()
+    told: list[bool] = []
+    service.start_preparing(lambda: told.append(True))
+    assert told == [True]

@@ -295,7 +295,12 @@ def has_no_live_child(worker: int) -> bool:
     """Whether all processes that this worker has forked have ended, reaped or not."""
     children = Path(f"/proc/{worker}/task").glob("*/children")
     pids = [pid for file in children for pid in file.read_text().split()]
-    return all(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z" for pid in pids)
+    return all(map(has_ended, pids))
+
+
+def has_ended(pid: int | str) -> bool:
+    """Whether this process has, though nobody has asked for its exit code yet."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
 
 
 def is_problem(answer: Answer, status: int) -> bool:

@@ -17,6 +17,7 @@ from tests.live.service import (
     Answer,
     Service,
     answers,
+    has_ended,
     is_problem,
     next_answer,
     post_request,
@@ -289,6 +290,54 @@ def test_a_crash_of_the_only_worker(tmp_path: Path, does: str) -> None:
         service.wait_until_ready()
         assert service.post("/predict", {"text": "a"}).status == 200
         assert not [line for line in service.log() if "cannot serve" in line["message"]]
+
+
+HALF_READY = """
+import os, pathlib, threading, time
+
+class Model:
+    name, version = "model", "1"
+
+    def warm_up(self) -> None:
+        try:
+            pathlib.Path("slow").touch(exist_ok=False)
+        except FileExistsError:
+            threading.Thread(target=self.wait_for_the_end, daemon=True).start()
+        else:
+            pathlib.Path("slow").write_text(str(os.getpid()))
+            time.sleep(3_600)
+
+    def wait_for_the_end(self) -> None:
+        while not pathlib.Path("end").exists():
+            time.sleep(0.001)
+        pathlib.Path("end").unlink()
+        os._exit(3)
+
+    def predict(self, text: str) -> str:
+        return text
+"""
+
+
+def test_a_crash_beside_one_that_is_not_ready(tmp_path: Path) -> None:
+    """Two have ended by the time the master looks: one had not become ready, the other one had served; it goes on."""
+    service = Service(tmp_path, HALF_READY, MODELS="predict=models:Model", WEB_CONCURRENCY="2")
+
+    def is_served() -> bool:
+        with contextlib.suppress(OSError):
+            return service.get("/health").status == 200
+        return False
+
+    try:
+        wait_for(lambda: is_served() and bool((tmp_path / "slow").read_text()), LIMIT_SECONDS)
+        before = service.workers()
+        service.signal(signal.SIGSTOP)
+        os.kill(int((tmp_path / "slow").read_text()), signal.SIGKILL)
+        (tmp_path / "end").touch()
+        wait_for(lambda: all(map(has_ended, before)), LIMIT_SECONDS)
+        service.signal(signal.SIGCONT)
+        service.wait_until_ready()
+    finally:
+        service.kill()
 
 
 @pytest.mark.parametrize("does", ["exit", "interrupt", "run out of memory", "recurse"])
