@@ -49,10 +49,8 @@ class Worker(BaseWorker):  # type: ignore[misc] # Gunicorn has no types
         sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
         if 0 < gc.get_threshold()[0] < YOUNG_OBJECTS:  # 0: a model has turned it off
             gc.set_threshold(YOUNG_OBJECTS)
-        cfg, settings = self.cfg, self.settings
-        max_descriptors = _allow_descriptors(settings.max_connections + OTHER_DESCRIPTORS)
-        max_connections = max(1, min(settings.max_connections, max_descriptors - OTHER_DESCRIPTORS))
-        settings = replace(settings, max_connections=max_connections)
+        cfg = self.cfg
+        settings = replace(self.settings, max_connections=_allow_connections(self.settings.max_connections))
         name = self.sockets[0].getsockname()
         host, port = (str(name[0]), str(name[1])) if isinstance(name, tuple) else ("localhost", "")
         base = {
@@ -139,12 +137,16 @@ class Worker(BaseWorker):  # type: ignore[misc] # Gunicorn has no types
         sys.exit(0)
 
 
-def _allow_descriptors(needed: int) -> int:
-    """Raise the limit of open files to what is needed, or as far as this process may; returns how many may be open."""
+def _allow_connections(wanted: int) -> int:
+    """How many connections the limit of open files allows, which is raised where it is lower and may be."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-    if soft != resource.RLIM_INFINITY and soft < allowed:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
-    if allowed < needed:
-        log.warning("too few files may be open for MAX_CONNECTIONS", extra={"limit": hard, "needed": needed})
+    needed = wanted + OTHER_DESCRIPTORS
+    limit = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    if soft != resource.RLIM_INFINITY and soft < limit:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    allowed = min(wanted, max(limit - OTHER_DESCRIPTORS, limit // 2))
+    if allowed < wanted:
+        log.warning(
+            "too few files may be open for MAX_CONNECTIONS", extra={"limit": hard, "needed": needed, "allowed": allowed}
+        )
     return allowed

@@ -325,8 +325,7 @@ class Loop:
         exchange.deadline = connection.expires = self._now + self._settings.request_timeout
         if connection.held_bytes or exchange.body_bytes > MIN_COUNTED_BYTES:
             self._connections.hold(connection, exchange.body_bytes)
-        # It has not only closed its half, as the answer to its last request has brought to light.
-        if connection.has_ended and connection.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+        if not connection.events & READ and _is_reset(connection):
             self._lost(connection)
         elif exchange.method in _GET_METHODS:  # health never waits behind predictions, nor is it refused
             self._journal.write()  # whoever asks for the metrics finds there what has been answered before
@@ -529,6 +528,9 @@ class Loop:
         self._listener.tick(now)
         self._check_threads()
         if pool.jobs:
+            waiting = [each.connection for each in pool.taken if not (each.started or each.abandoned)]
+            for connection in filter(_is_reset, waiting):
+                self._guarded(self._lost, connection)
             for exchange in self._admission.hopeless(now):
                 self._shed(exchange, "deadline")
         self._admission.forget(now)
@@ -617,3 +619,8 @@ class Loop:
             for connection in list(self._connections):
                 self._lost(connection)
             self._listener.leave()
+
+
+def _is_reset(connection: Connection) -> bool:
+    """Whether a client that is not listened to has left: a FIN does not tell, the fate of its last answer does."""
+    return bool(connection.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))

@@ -390,12 +390,36 @@ def test_the_model_is_not_called_for_what_stands_behind(
     assert f"{name}-2" not in calls(service)
 
 
+def test_the_model_is_not_called_for_what_waits_behind(service: Service) -> None:
+    """Nor where the client has only closed its half, and leaves while the second one waits for a thread."""
+    first, second = (
+        post_request("/wait", b'{"name": "%b"}' % name, b"X-Request-ID: " + name) for name in (b"half", b"half-2")
+    )
+    with service.connect() as client, clients(service, 2) as others:
+        client.sendall(first + second)
+        wait_for(lambda: "half" in calls(service), LIMIT_SECONDS)
+        for other in others:  # one of them takes the other thread, and one the thread of the first
+            other.sendall(post_request("/wait", b'{"name": "others"}'))
+        service.wait_for_metric("requests_pending", 1)
+        client.shutdown(socket.SHUT_WR)
+        release(service, "half")
+        assert answer_of(client).status == 200
+        wait_for(lambda: calls(service).count("others") == 2, LIMIT_SECONDS)
+        service.wait_for_metric("requests_pending", 1)
+        reset(client)
+        service.wait_for_metric("requests_pending", 0)
+        release(service, "others")
+        assert [answer_of(other).status for other in others] == [200] * 2
+    lines = [line["status"] for line in service.settled_log() if line.get("request_id") == "half-2"]
+    assert lines == [499]
+    assert "half-2" not in calls(service)
+
+
 def test_half_closed_clients_get_their_answers(service: Service) -> None:
     """A client may close its sending half after the request: where a thread is free, it is answered."""
     for request in (post_request("/predict", b'{"text": "a"}'), HEALTH):
         (answer,) = answers(service.raw(request, half_close=True))
         assert answer.status == 200
-        assert [each.status for each in answers(service.raw(request * 3, half_close=True))] == [200] * 3
 
 
 def memory_bytes(service: Service) -> int:
