@@ -166,7 +166,8 @@ class LineWriter:
         self._lines: deque[str] = deque()
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
-        self._writing = b"", 0  # lines that are, and where in them those begin that have not been
+        self._taken = 0  # how many more are being written
+        self._is_closed = False
         self._flushed = threading.Event()  # set where nobody waits for it
         self._flushed.set()
         self._write_bytes = MAX_WRITE_BYTES if stat.S_ISREG(os.fstat(fd).st_mode) else MAX_LINE_BYTES
@@ -196,11 +197,11 @@ class LineWriter:
             flushed.wait(FLUSH_SECONDS)
 
     def close(self) -> None:
-        """The same as the process ends: what cannot be written in that time is dropped, and counted."""
+        """Called as the process ends: what `flush` cannot write is dropped, and counted."""
         self.flush()
         if self._has_thread:
-            lines, begin = self._writing
-            self._drop(lines.count(b"\n", begin) + len(self._lines))
+            self._is_closed = True
+            self._drop(self._taken + len(self._lines))
 
     @property
     def _has_thread(self) -> bool:
@@ -234,22 +235,22 @@ class LineWriter:
                 time.sleep(GATHER_SECONDS)  # a write for many lines, and few switches between threads
             self._wake.clear()
             flushed = self._flushed
-            while self._lines:
+            while self._lines and not self._is_closed:
                 self._write_some()
             flushed.set()
 
     def _write_some(self) -> None:
-        lines = [self._lines.popleft() for _ in range(min(len(self._lines), LINES_AT_ONCE))]
+        self._taken = min(len(self._lines), LINES_AT_ONCE)
+        lines = [self._lines.popleft() for _ in range(self._taken)]
         data = "".join(lines).encode("ascii", "replace")
         begin, is_written = 0, False
-        while begin < len(data):
+        while begin < len(data) and not self._is_closed:
             end = data.rfind(b"\n", begin, begin + self._write_bytes) + 1
             if not end:  # a line that is too long is broken, if at all, alone
                 end = data.index(b"\n", begin) + 1
-            self._writing = data, begin
             is_written = self._write_whole(data[begin:end])
+            self._taken -= data.count(b"\n", begin, end)
             begin = end
-        self._writing = b"", 0
         dropped = self.dropped
         if is_written and dropped != self._dropped_reported:
             before, self._dropped_reported = self._dropped_reported, dropped
@@ -271,9 +272,9 @@ class LineWriter:
             while data:
                 data = data[os.write(self.fd, data) :]
         except OSError as exc:  # the reader has gone, or the disk is full
-            self._drop(bytes(data).count(b"\n"))
             if isinstance(exc, BlockingIOError):  # somebody else has made this pipe or terminal non-blocking
                 time.sleep(GATHER_SECONDS)
+            self._drop(bytes(data).count(b"\n"))
             return False
         return True
 
