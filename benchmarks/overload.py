@@ -56,11 +56,11 @@ class Overload:
 
 
 OVERLOADS = (
-    Overload("5 ms", SleepingModel, 2, 5, 10),
-    Overload("5 ms", SleepingModel, 10, 5, 10),
-    Overload("0.3 s", SlowModel, 2, 30, 30),
-    Overload("0.3 s", SlowModel, 10, 10, 30),
-    Overload("1 s", SlowestModel, 2, 30, 60),
-    Overload("1 s", SlowestModel, 10, 10, 60),
-    Overload("5 ms, computing in Python", ComputingModel, 2, 5, 10),
+    Overload("5 ms", SleepingModel, factor=2, settles_seconds=5, seconds=10),
+    Overload("5 ms", SleepingModel, factor=10, settles_seconds=5, seconds=10),
+    Overload("0.3 s", SlowModel, factor=2, settles_seconds=30, seconds=30),
+    Overload("0.3 s", SlowModel, factor=10, settles_seconds=10, seconds=30),
+    Overload("1 s", SlowestModel, factor=2, settles_seconds=30, seconds=60),
+    Overload("1 s", SlowestModel, factor=10, settles_seconds=10, seconds=60),
+    Overload("5 ms, computing in Python", ComputingModel, factor=2, settles_seconds=5, seconds=10),
 )
