@@ -189,24 +189,19 @@ class LineWriter:
         else:
             self._drop(len(lines))
 
-    def flush(self) -> None:
-        """Wait until what is there has been written, for at most FLUSH_SECONDS."""
-        if self._has_thread:
-            self._flushed = flushed = threading.Event()
-            self._wake.set()
-            flushed.wait(FLUSH_SECONDS)
+    def flush(self) -> bool:
+        """Wait until what is there has been written, for at most FLUSH_SECONDS; returns whether it has."""
+        if self._thread is None or not self._thread.is_alive():  # as in a process that a model forks
+            return True
+        self._flushed = flushed = threading.Event()
+        self._wake.set()
+        return flushed.wait(FLUSH_SECONDS)
 
     def close(self) -> None:
         """Called as the process ends: what `flush` cannot write is dropped, and counted."""
-        self.flush()
-        if self._has_thread:
+        if not self.flush():
             self._is_closed = True
             self._drop(self._taken + len(self._lines))
-
-    @property
-    def _has_thread(self) -> bool:
-        """Whether there is a thread that writes: not in the master, nor in a process that a model forks."""
-        return self._thread is not None and self._thread.is_alive()
 
     def take_dropped(self) -> int:
         """How many lines were dropped since this was last called."""

@@ -498,6 +498,10 @@ class Loop:
             self._journal.record(exchange, self._now)
         self._connections.close(connection)
 
+    def _check_client(self, connection: Connection) -> None:
+        if _is_reset(connection):
+            self._lost(connection)
+
     def _abandon(self, exchange: Exchange) -> None:
         exchange.abandoned = True
         if exchange.room is not None:
@@ -529,8 +533,9 @@ class Loop:
         self._check_threads()
         if pool.jobs:
             waiting = [each.connection for each in pool.taken if not (each.started or each.abandoned)]
-            for connection in filter(_is_reset, waiting):
-                self._guarded(self._lost, connection)
+            for connection in waiting:
+                if not connection.events & READ:
+                    self._guarded(self._check_client, connection)
             for exchange in self._admission.hopeless(now):
                 self._shed(exchange, "deadline")
         self._admission.forget(now)

@@ -136,6 +136,21 @@ def test_lines_that_cannot_be_written_are_counted_at_the_end() -> None:
     os.close(writable)
 
 
+def test_what_is_logged_at_exit_is_written() -> None:
+    """The worker has ended, and then a function that a model has registered logs a line."""
+    readable, writable = os.pipe()
+    writer = LineWriter(writable)
+    writer.start()
+    writer.write(["a\n"])
+    writer.close()
+    writer.write(["b\n"])
+    writer.flush()
+    assert os.read(readable, MAX_LINE_BYTES) == b"a\nb\n"
+    assert writer.take_dropped() == 0
+    os.close(readable)
+    os.close(writable)
+
+
 def test_lines_are_written_after_a_flush() -> None:
     """A model that configures logging anew has all handlers flushed and closed."""
     readable, writable = os.pipe()
