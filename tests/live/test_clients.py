@@ -641,31 +641,37 @@ def test_running_out_of_descriptors_does_not_end_the_worker(tmp_path: Path) -> N
     """With 40 descriptors: idle connections make room, busy ones make accepting pause, and nobody is turned away."""
     with running(tmp_path, MODELS, **VARIABLES, THREADS="60") as service:
         (worker,) = service.workers()
-
-        def descriptors() -> int:
-            return len(list(Path(f"/proc/{worker}/fd").iterdir()))
-
-        before = descriptors()
+        before = descriptors(worker)
         resource.prlimit(worker, resource.RLIMIT_NOFILE, (40, 40))
         with clients(service, 100):
             serves_promptly(service)
-            assert descriptors() <= 40
-        assert knock(service, 60, "hold", lambda: descriptors() == 40) == [200] * 60
+            assert descriptors(worker) <= 40
+        assert knock(service, 60, "hold", lambda: descriptors(worker) == 40) == [200] * 60
         assert service.get("/health").status == 200
         assert service.workers() == [worker]
         assert len([line for line in service.settled_log() if line["message"].startswith("accepting pauses")]) == 1
-        wait_for(lambda: descriptors() <= before, LIMIT_SECONDS)
+        wait_for(lambda: descriptors(worker) <= before, LIMIT_SECONDS)
+
+
+def descriptors(worker: int) -> int:
+    return len(list(Path(f"/proc/{worker}/fd").iterdir()))
+
+
+def with_descriptors(service: Service, limits: tuple[int, int]) -> int:
+    """Have a new worker start with these soft and hard limits; returns its process id."""
+    resource.prlimit(service.process.pid, resource.RLIMIT_NOFILE, limits)
+    (before,) = service.workers()
+    os.kill(before, signal.SIGKILL)
+    wait_for(lambda: service.workers() not in ([before], []), LIMIT_SECONDS)
+    service.wait_until_ready()
+    return service.workers()[0]
 
 
 @pytest.mark.parametrize(("hard", "warnings"), [(4_096, 0), (80, 1)])
 def test_as_many_descriptors_may_be_open_as_are_needed(tmp_path: Path, hard: int, warnings: int) -> None:
     """The limit is raised for MAX_CONNECTIONS as far as it may be; the log says where that is not enough."""
     with running(tmp_path, PRELOAD="false", MAX_CONNECTIONS="100") as service:
-        resource.prlimit(service.process.pid, resource.RLIMIT_NOFILE, (50, hard))
-        (before,) = service.workers()
-        os.kill(before, signal.SIGKILL)
-        wait_for(lambda: service.workers() not in ([before], []), LIMIT_SECONDS)
-        service.wait_until_ready()
+        with_descriptors(service, (50, hard))
         with clients(service, 100 if not warnings else 40) as many:
             for client in many:
                 client.sendall(HEALTH)
@@ -678,16 +684,11 @@ def test_as_many_descriptors_may_be_open_as_are_needed(tmp_path: Path, hard: int
 def test_connections_leave_descriptors_to_the_model(tmp_path: Path) -> None:
     """Where fewer files may be open than MAX_CONNECTIONS needs, fewer are let in, and the model may open its own."""
     with running(tmp_path, MODELS, **(VARIABLES | {"PRELOAD": "false"})) as service:
-        resource.prlimit(service.process.pid, resource.RLIMIT_NOFILE, (60, 60))
-        (before,) = service.workers()
-        os.kill(before, signal.SIGKILL)
-        wait_for(lambda: service.workers() not in ([before], []), LIMIT_SECONDS)
-        service.wait_until_ready()
-        (worker,) = service.workers()
+        worker = with_descriptors(service, (60, 60))
 
         def is_full() -> bool:
-            refused = [line for line in service.access_lines() if line["status"] == 503]
-            return bool(refused) or len(list(Path(f"/proc/{worker}/fd").iterdir())) == 60
+            refused = [x for x in service.access_lines() if x["path"] == "/wait" and x["status"] == 503]
+            return bool(refused) or descriptors(worker) == 60
 
         statuses = knock(service, 60, "wait", is_full)
     assert set(statuses) == {200, 503}  # 500 where it finds none left
