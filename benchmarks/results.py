@@ -99,10 +99,9 @@ def _overload_rows(overload: dict[str, list[dict[str, float]]]) -> list[Row]:
     computing = [_medians(overload[case.name]) for case in OVERLOADS if not case.yields]
     worst = min(yielding, key=lambda case: case["goodput"] / case["peak"])
     good, peak = worst["goodput"], worst["peak"]
-    refused, health, locked = (
-        max(case[figure] for case in of)
-        for figure, of in (("refused_p99_ms", yielding), ("health_p99_ms", yielding), ("health_p99_ms", computing))
-    )
+    refused = max(case["refused_p99_ms"] for case in yielding)
+    health = max(case["health_p99_ms"] for case in yielding)
+    locked = max(case["health_p99_ms"] for case in computing)
     what = "goodput under overload, the worst of the cases below that yield the lock; against the peak"
     computes = "99th percentile of `/health` under overload, a model of 5 ms that keeps the interpreter lock"
     return [

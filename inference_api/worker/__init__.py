@@ -141,8 +141,8 @@ def _allow_connections(wanted: int) -> int:
     """How many connections the limit of open files allows, which is raised where it is lower and may be."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = wanted + OTHER_DESCRIPTORS
-    limit = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-    if soft != resource.RLIM_INFINITY and soft < limit:
+    limit = min(needed, hard)  # which is never RLIM_INFINITY: the system has a limit of its own for this one
+    if soft < limit:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
     allowed = min(wanted, max(limit - OTHER_DESCRIPTORS, limit // 2))
     if allowed < wanted:

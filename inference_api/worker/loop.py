@@ -533,9 +533,8 @@ class Loop:
         self._check_threads()
         if pool.jobs:
             waiting = [each.connection for each in pool.taken if not (each.started or each.abandoned)]
-            for connection in waiting:
-                if not connection.events & READ:
-                    self._guarded(self._check_client, connection)
+            for connection in [c for c in waiting if not c.events & READ]:
+                self._guarded(self._check_client, connection)
             for exchange in self._admission.hopeless(now):
                 self._shed(exchange, "deadline")
         self._admission.forget(now)
